@@ -1,0 +1,139 @@
+"""The state of the memory. Every array has a fixed capacity; slot i counts only where `valid[i]`.
+
+Legend: N1, N2, N3 slots of the three levels, K prototypes, R relations, E mentions of an item,
+D embedding. Times are seconds since the stream began (float32); ids are int32, -1 where absent.
+"""
+
+import dataclasses
+
+import jax
+from flax import struct
+
+ADD_NEW, MERGE, DISCARD = 0, 1, 2
+NUM_ACTIONS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Capacities and update constants; static, so changing one compiles a new program."""
+
+    sensory_slots: int = 24
+    episodic_slots: int = 24
+    schema_slots: int = 24
+    num_prototypes: int = 2
+    num_relations: int = 24
+    dim: int = 64
+    token_budget: int | None = None  # most text tokens the episodic stream may hold; None: no limit
+    merge_keep: float = 0.25  # share of an item's tokens that its node keeps on MERGE
+    prototype_similarity: float = 0.8  # a visual nearer than this joins an existing prototype
+    entity_similarity: float = 0.7  # a mention nearer than this is the same entity
+    gloss_rate: float = 0.6  # weight of the newest text in an entity's gloss
+    max_node_tokens: int | None = None  # a MERGE that would pass it opens a new node instead
+
+    def __post_init__(self):
+        for name in ("sensory_slots", "episodic_slots", "num_prototypes", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MemoryConfig.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@struct.dataclass
+class Item:
+    """One chunk of the stream as perception hands it over (eq. 1: visual, text trace, time)."""
+
+    visual: jax.Array  # [D] float32, full-resolution view, zeros where nothing is seen
+    coarse: jax.Array  # [D] float32, low-resolution view, what the upper levels keep
+    text: jax.Array  # [D] float32, narration, zeros where nothing is told
+    span: jax.Array  # [2] float32, seconds
+    tokens: jax.Array  # [] int32, tokens of the narration
+    mention: jax.Array  # [E, D] float32, embeddings of the entities named or seen
+    mention_valid: jax.Array  # [E] bool
+    relation: jax.Array  # [] int32, id of the relation from mention 0 to mention 1, -1 for none
+    trace_id: jax.Array  # [] int32, row of the trace store that holds the text and the pixels
+    valid: jax.Array  # [] bool, False for padding: the step leaves the state unchanged
+
+
+@struct.dataclass
+class SensoryBuffer:
+    """L1: verbatim items."""
+
+    visual: jax.Array  # [N1, D]
+    text: jax.Array  # [N1, D]
+    span: jax.Array  # [N1, 2]
+    tokens: jax.Array  # [N1]
+    trace_id: jax.Array  # [N1]
+    node_id: jax.Array  # [N1] episode the item went into
+    strength: jax.Array  # [N1]
+    valid: jax.Array  # [N1] bool
+
+
+@struct.dataclass
+class EpisodicStream:
+    """L2: a chronological stream of events (eq. 3)."""
+
+    prototypes: jax.Array  # [N2, K, D] running K-means centres of the coarse visuals
+    prototype_count: jax.Array  # [N2, K] int32
+    text: jax.Array  # [N2, D] token-weighted mean of the texts read
+    span: jax.Array  # [N2, 2]
+    count: jax.Array  # [N2] int32, items read
+    tokens: jax.Array  # [N2] int32, tokens held
+    source_tokens: jax.Array  # [N2] int32, tokens read
+    source: jax.Array  # [N2, 2] int32, first and last trace_id
+    node_id: jax.Array  # [N2] int32, unique over the stream
+    strength: jax.Array  # [N2]
+    valid: jax.Array  # [N2] bool
+    latest: jax.Array  # [] int32, slot of e*, -1 if none
+    next_id: jax.Array  # [] int32
+
+
+@struct.dataclass
+class SymbolicSchema:
+    """L3: entities with glosses, relations among them, grounding edges to episodes (eq. 4)."""
+
+    embedding: jax.Array  # [N3, D] running mean of the mentions
+    gloss: jax.Array  # [N3, D] recency-weighted text, what is true of u now
+    profile: jax.Array  # [N3, D] mean text, what is usual of u
+    mentions: jax.Array  # [N3] int32
+    span: jax.Array  # [N3, 2]
+    tokens: jax.Array  # [N3] int32, tokens of the gloss
+    grounding: jax.Array  # [N3, N2] bool
+    strength: jax.Array  # [N3]
+    valid: jax.Array  # [N3] bool
+    relations: jax.Array  # [R, 3] int32: subject slot, relation id, object slot
+    relation_time: jax.Array  # [R] float32
+    relation_valid: jax.Array  # [R] bool
+
+
+@struct.dataclass
+class MemoryState:
+    """The three levels, the clock (end of the last item, s), items read and tokens held."""
+
+    sensory: SensoryBuffer
+    episodic: EpisodicStream
+    schema: SymbolicSchema
+    clock: jax.Array  # [] float32
+    num_items: jax.Array  # [] int32
+    tokens: jax.Array  # [] int32, text tokens held by the three levels together
+    config: MemoryConfig = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class ManagerOutput:
+    """A decision. `strength` ranks the item for eviction: the weakest slot goes first."""
+
+    logits: jax.Array  # [3] float32
+    action: jax.Array  # [] int32
+    log_prob: jax.Array  # [] float32, log pi(action)
+    strength: jax.Array  # [] float32
+
+
+@struct.dataclass
+class StepOutput:
+    """What one step did."""
+
+    logits: jax.Array  # [3]
+    action: jax.Array  # [] int32 as decided
+    log_prob: jax.Array  # []
+    node_id: jax.Array  # [] int32, episode that took the item, -1 if none did
+    tokens_added: jax.Array  # [] int32, tokens the episodic stream took
+    tokens: jax.Array  # [] int32, episodic tokens held after the step
+    slots: jax.Array  # [] int32, episodes held after the step
