@@ -106,8 +106,10 @@ class TestRead:
             read_egolife(folder, skip_bad_rows=False)
         with caplog.at_level(logging.WARNING):
             data = read_egolife(folder)
-        assert len(data.events) == 4 and len(data.questions) == 1
-        assert "used twice" in caplog.text and "answer 'E'" in caplog.text
+        assert len(data.events) == 4
+        assert len(data.questions) == 1
+        assert "used twice" in caplog.text
+        assert "answer 'E'" in caplog.text
 
     @pytest.mark.parametrize("gone", ["EgoLifeCap", "EgoLifeQA"])
     def test_wrong_folder(self, tmp_path, gone):
@@ -129,9 +131,11 @@ class TestRead:
 def test_the_real_files_are_read_whole(caplog):
     data = read_egolife(REAL, skip_bad_rows=False)
     assert not caplog.records
-    assert len(data.questions) == 330 and len(data.events) > 68_000
+    assert len(data.questions) == 330
+    assert len(data.events) > 68_000
     assert {event.kind for event in data.events} == {"caption", "transcript"}
     first, last = data.events[0].t0, data.events[-1].t1
     for asked in data.questions:
-        assert asked.evidence and all(first - 60 < t0 < t1 < last + 60 for t0, t1 in asked.evidence)
+        assert asked.evidence
+        assert all(first - 60 < t0 < t1 < last + 60 for t0, t1 in asked.evidence)
         assert min(t0 for t0, _ in asked.evidence) < asked.query_time

@@ -43,7 +43,8 @@ class TestRead:
         assert [(e.video, e.t1) for e in data.events] == [("a", 9.0), ("v", 2.0), ("v", 3.0)]
         (question,) = data.questions
         assert question.options == ("cup", "plate", "fork", "knife")
-        assert question.evidence == ((1.0, 2.0),) and question.query_time == 5.0
+        assert question.evidence == ((1.0, 2.0),)
+        assert question.query_time == 5.0
 
     def test_nullable_fields(self, tmp_path):
         row = QUESTION | {"answer": None, "query_time": None, "evidence": None}
@@ -127,7 +128,8 @@ class TestBadRows:
         with pytest.raises(UserError) as caught:
             read_timed_text(write(tmp_path, [EVENT], rows))
         message = str(caught.value)
-        assert message.startswith("qa.jsonl:1: answer 9") and "and 5 more bad rows" in message
+        assert message.startswith("qa.jsonl:1: answer 9")
+        assert "and 5 more bad rows" in message
         assert "\n" not in message
 
     def test_skipping_logs_each_and_keeps_the_rest(self, tmp_path, caplog):
@@ -135,7 +137,8 @@ class TestBadRows:
         with caplog.at_level(logging.WARNING):
             data = read_timed_text(write(tmp_path, [EVENT, "{"], rows), skip_bad_rows=True)
         assert len(data.events) == len(data.questions) == 1
-        assert "events.jsonl:2" in caplog.text and "qa.jsonl:2" in caplog.text
+        assert "events.jsonl:2" in caplog.text
+        assert "qa.jsonl:2" in caplog.text
 
 
 def stream(videos, events_each=50):
@@ -157,7 +160,8 @@ class TestSplit:
     def test_every_row_is_in_one_split_and_no_split_is_empty(self, videos):
         data = stream(videos)
         parts = split_by_video_or_time(data)
-        assert tuple(parts) == SPLITS and all(part.events for part in parts.values())
+        assert tuple(parts) == SPLITS
+        assert all(part.events for part in parts.values())
         assert sorted(e.text for p in parts.values() for e in p.events) == sorted(
             e.text for e in data.events
         )
@@ -169,7 +173,8 @@ class TestSplit:
         data = stream([f"video{n}" for n in range(10)])
         parts = split_by_video_or_time(data)
         videos = [{e.video for e in parts[split].events} for split in SPLITS]
-        assert [len(v) for v in videos] == [6, 2, 2] and len(set.union(*videos)) == 10
+        assert [len(v) for v in videos] == [6, 2, 2]
+        assert len(set.union(*videos)) == 10
         again = split_by_video_or_time(TimedText(data.events[::-1], data.questions))
         assert [{e.video for e in again[split].events} for split in SPLITS] == videos
 
@@ -177,7 +182,8 @@ class TestSplit:
         parts = split_by_video_or_time(stream(["a"], events_each=100))
         ends = [[e.t1 for e in parts[split].events] for split in SPLITS]
         assert [len(e) for e in ends] == [60, 20, 20]
-        assert max(ends[0]) < min(ends[1]) and max(ends[1]) < min(ends[2])
+        assert max(ends[0]) < min(ends[1])
+        assert max(ends[1]) < min(ends[2])
         for before, split in zip(ends, SPLITS[1:], strict=False):
             asked = [q.query_time for q in parts[split].questions if q.query_time is not None]
             assert min(asked) > max(before)  # the whole earlier split is a question's past

@@ -1,0 +1,1 @@
+"""Network definitions: small parts, each loadable from local files."""

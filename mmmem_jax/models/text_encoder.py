@@ -1,0 +1,419 @@
+"""BERT sentence encoders in Flax NNX, read from Hugging Face folders, and a cache of their output.
+
+Sources: BERT (arXiv 1810.04805), Sentence-BERT pooling (arXiv 1908.10084). Any BERT-style encoder
+folder loads: all-MiniLM-L6-v2, bge-*-en-v1.5, and so on::
+
+    config.json  model.safetensors  tokenizer.json
+    [1_Pooling/config.json]  [sentence_bert_config.json]
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.flax
+import safetensors.numpy
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from mmmem_jax.errors import UserError
+
+_ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+# A batch is padded to the next of these lengths, so a corpus needs a dozen compiled programs.
+_LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder, and how its token states become one sentence embedding."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    activation: str = "gelu"
+    pooling: str = "mean"  # or "cls"
+    max_tokens: int = 512  # longer texts are cut, special tokens included
+
+
+class BertLayer(nnx.Module):
+    """Post-norm transformer layer."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.num_heads = config.num_heads
+        self.activation = _ACTIVATIONS[config.activation]
+        self.query = nnx.Linear(width, width, rngs=rngs)
+        self.key = nnx.Linear(width, width, rngs=rngs)
+        self.value = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.attention_norm = _layer_norm(config, rngs)
+        self.up = nnx.Linear(width, inner, rngs=rngs)
+        self.down = nnx.Linear(inner, width, rngs=rngs)
+        self.output_norm = _layer_norm(config, rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        heads = (*x.shape[:2], self.num_heads, -1)
+        query, key, value = (
+            linear(x).reshape(heads) for linear in (self.query, self.key, self.value)
+        )
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+        x = self.attention_norm(x + self.out(attended.reshape(x.shape)))
+        return self.output_norm(x + self.down(self.activation(self.up(x))))
+
+
+class BertEncoder(nnx.Module):
+    """Token ids to unit-length sentence embeddings."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.hidden_size
+        self.words = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        self.positions = nnx.Embed(config.max_positions, width, rngs=rngs)
+        self.types = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
+        self.norm = _layer_norm(config, rngs)
+        self.layers = nnx.List(BertLayer(config, rngs=rngs) for _ in range(config.num_layers))
+
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+        """Encodes a padded batch.
+
+        Args:
+          ids: [B, L] int32 word-piece ids, special tokens included.
+          mask: [B, L] bool, True on tokens, False on padding; at least one token a row.
+
+        Returns:
+          [B, D] float32 embeddings of length 1.
+        """
+        # Accelerators would round the inputs of float32 products; embeddings should not depend on
+        # the machine that made them.
+        with jax.default_matmul_precision("highest"):
+            x = self.words(ids) + self.positions(jnp.arange(ids.shape[1])) + self.types(ids * 0)
+            x = self.norm(x)
+            for layer in self.layers:
+                x = layer(x, mask)
+        if self.config.pooling == "cls":
+            pooled = x[:, 0]
+        else:
+            weights = mask[:, :, None].astype(x.dtype)
+            pooled = (x * weights).sum(axis=1) / weights.sum(axis=1)
+        return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
+
+
+def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
+    )
+
+
+# (checkpoint name, parameter path); the first full match wins. A path of None is not used.
+_KEY_MAP = (
+    (r"(bert\.)?embeddings\.position_ids", None),
+    (r"(bert\.)?pooler\..*|cls\..*", None),
+    (r"(bert\.)?embeddings\.word_embeddings\.weight", r"words.embedding"),
+    (r"(bert\.)?embeddings\.position_embeddings\.weight", r"positions.embedding"),
+    (r"(bert\.)?embeddings\.token_type_embeddings\.weight", r"types.embedding"),
+    (r"(bert\.)?embeddings\.LayerNorm\.(\w+)", r"norm.\2"),
+    (
+        r"(bert\.)?encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(\w+)",
+        r"layers.\2.\3.\4",
+    ),
+    (r"(bert\.)?encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"layers.\2.out.\3"),
+    (
+        r"(bert\.)?encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)",
+        r"layers.\2.attention_norm.\3",
+    ),
+    (r"(bert\.)?encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"layers.\2.up.\3"),
+    (r"(bert\.)?encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"layers.\2.down.\3"),
+    (r"(bert\.)?encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"layers.\2.output_norm.\3"),
+)
+
+
+def load_text_encoder(folder: str | Path) -> tuple[BertEncoder, Tokenizer]:
+    """Loads a BERT-style sentence encoder and its tokenizer from a Hugging Face folder.
+
+    Raises:
+      UserError: a file is missing or unreadable, the model is not a BERT, or a tensor is missing,
+        unknown or of the wrong shape.
+    """
+    folder = Path(folder)
+    config = read_bert_config(folder)
+    weights = _required(folder, "model.safetensors")
+    try:
+        tensors = safetensors.flax.load_file(weights)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{weights} is not a safetensors file ({error}); fetch it again") from error
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: BertEncoder(config, rngs=nnx.Rngs(0))))
+    state = _convert(tensors, abstract, weights)
+    try:
+        tokenizer = Tokenizer.from_file(str(_required(folder, "tokenizer.json")))
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise UserError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
+    for token in ("[CLS]", "[SEP]"):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"{folder / 'tokenizer.json'} has no {token}; a BERT tokenizer is needed"
+            )
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens, the model"
+            f" {config.vocab_size}; take both from the same folder"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return nnx.merge(graphdef, state), tokenizer
+
+
+def read_bert_config(folder: Path) -> BertConfig:
+    """Reads config.json and, where they are, the sentence-transformers files beside it.
+
+    Without a 1_Pooling/config.json the pooling is the mean, as sentence-transformers has it.
+    """
+    path = _required(folder, "config.json")
+    config = _read_json(path)
+    pooling = _read_json(folder / "1_Pooling" / "config.json", default={})
+    sentence = _read_json(folder / "sentence_bert_config.json", default={})
+    if config.get("model_type") != "bert":
+        raise UserError(
+            f"{path} is of model_type {config.get('model_type')!r}; only 'bert' is read"
+        )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"{path} has positions that are not absolute; only these are read")
+    if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
+        raise UserError(f"{path} has hidden_act {config['hidden_act']!r}, not {[*_ACTIVATIONS]}")
+    modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) > 1 or any(mode not in names for mode in modes):
+        raise UserError(f"{folder / '1_Pooling/config.json'} pools by {modes}; mean or cls is read")
+    if config.get("hidden_size", 0) % config.get("num_attention_heads", 1):
+        raise UserError(f"{path} has a hidden_size that its attention heads do not divide")
+    try:
+        return BertConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            intermediate_size=config["intermediate_size"],
+            max_positions=config["max_position_embeddings"],
+            type_vocab_size=config.get("type_vocab_size", 2),
+            layer_norm_eps=config.get("layer_norm_eps", 1e-12),
+            activation=config.get("hidden_act", "gelu"),
+            pooling=names[modes[0]] if modes else "mean",
+            max_tokens=min(
+                sentence.get("max_seq_length") or config["max_position_embeddings"],
+                config["max_position_embeddings"],
+            ),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}; it is not a BERT's config.json") from error
+
+
+def encode_texts(
+    encoder: BertEncoder,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds `texts`; equal texts are embedded once.
+
+    Args:
+      encoder: from load_text_encoder, as is `tokenizer`.
+      tokenizer: splits a text into word pieces.
+      texts: any number of texts; those over the encoder's max_tokens are cut.
+      batch_size: B of every compiled program.
+      progress: show a progress bar.
+
+    Returns:
+      embeddings: float32 [len(texts), D], of length 1.
+      token_counts: int32 [len(texts)], word pieces without special tokens, before any cut.
+    """
+    unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    pieces = [e.ids for e in tokenizer.encode_batch([*unique], add_special_tokens=False)]
+    order = sorted(range(len(pieces)), key=lambda row: len(pieces[row]))
+    embeddings = np.zeros((len(pieces), encoder.config.hidden_size), np.float32)
+    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    room = encoder.config.max_tokens - 2
+    with tqdm(total=len(order), desc="embedding", unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = [[first, *pieces[row][:room], last] for row in rows]
+            ids, mask = _pad(tokens, batch_size, encoder.config.max_tokens)
+            embeddings[rows] = np.asarray(_encode(encoder, ids, mask))[: len(rows)]
+            bar.update(len(rows))
+    index = np.array([unique[text] for text in texts], np.int64)
+    counts = np.array([len(ids) for ids in pieces], np.int32)
+    return embeddings[index], counts[index]
+
+
+def cached_embeddings(
+    texts: Sequence[str],
+    folder: str | Path,
+    cache_dir: str | Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds `texts` with the encoder in `folder`, or reads what an earlier call kept.
+
+    One safetensors file per list of texts, named by the SHA-256 of the encoder's files and the
+    texts; an unreadable one is made again. Embeddings are kept, and returned, rounded to float16.
+
+    Returns:
+      embeddings: float32 [len(texts), D]; token_counts: int32 [len(texts)]; see encode_texts.
+    """
+    folder, cache_dir = Path(folder), Path(cache_dir)
+    path = cache_dir / f"{_cache_key(texts, folder)}.safetensors"
+    kept = _read_cache(path, len(texts))
+    if kept is None:
+        encoder, tokenizer = load_text_encoder(folder)
+        embeddings, counts = encode_texts(
+            encoder, tokenizer, texts, batch_size=batch_size, progress=progress
+        )
+        kept = {"embeddings": embeddings.astype(np.float16), "token_counts": counts}
+        _write_atomically(path, safetensors.numpy.save(kept))
+    return kept["embeddings"].astype(np.float32), kept["token_counts"]
+
+
+@nnx.jit
+def _encode(
+    encoder: BertEncoder, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B D"]:
+    return encoder(ids, mask)
+
+
+def _pad(tokens: list[list[int]], rows: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    longest = max(len(ids) for ids in tokens)
+    length = min(next((n for n in _LENGTHS if n >= longest), longest), max_tokens)
+    ids = np.zeros((rows, length), np.int32)
+    mask = np.zeros((rows, length), bool)
+    mask[:, 0] = True  # rows that only fill up the batch still need a token
+    for row, values in enumerate(tokens):
+        ids[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return ids, mask
+
+
+def _convert(tensors: Mapping[str, jax.Array], abstract: nnx.State, source: Path) -> nnx.State:
+    """Renames, transposes and checks a checkpoint's tensors against the encoder's parameters."""
+    wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
+    found: dict[str, jax.Array] = {}
+    for name, tensor in tensors.items():
+        path = _parameter_path(name)
+        if path is None:
+            continue
+        if path not in wanted:
+            raise UserError(f"{source} holds an unknown tensor {name}; it does not fit config.json")
+        value = tensor.T if path.endswith(".kernel") else tensor
+        if value.shape != wanted[path].shape:
+            shape = wanted[path].shape[::-1] if path.endswith(".kernel") else wanted[path].shape
+            raise UserError(f"{source}: {name} has shape {tensor.shape}, config.json says {shape}")
+        found[path] = value.astype(jnp.float32)
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(
+            f"{source} has no tensor for {missing[0]} ({len(missing)} missing); fetch it again"
+        )
+    flat = [
+        (path, leaf.replace(found[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(abstract)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def _parameter_path(name: str) -> str | None:
+    """Returns the encoder's path for a checkpoint name, None if unused, the name if unknown."""
+    for pattern, path in _KEY_MAP:
+        if match := re.fullmatch(pattern, name):
+            if path is None:
+                return None
+            prefix, leaf = match.expand(path).rsplit(".", 1)
+            is_norm = prefix.endswith("norm")
+            renamed = {
+                "weight": "scale" if is_norm else "kernel",
+                "gamma": "scale",  # names of early TensorFlow checkpoints
+                "beta": "bias",
+            }
+            return f"{prefix}.{renamed.get(leaf, leaf)}"
+    return name
+
+
+def _required(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise UserError(
+            f"{folder} has no {name}; an encoder folder holds config.json, model.safetensors and"
+            " tokenizer.json"
+        )
+    return folder / name
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; fetch it again")
+    return value
+
+
+def _cache_key(texts: Sequence[str], folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        with _required(folder, name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in ("1_Pooling/config.json", "sentence_bert_config.json"):
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, rows: int) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        kept = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        _log.warning("%s is unreadable (%s); embedding again", path, error)
+        return None
+    return kept if len(kept.get("embeddings", ())) == rows == len(kept["token_counts"]) else None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
