@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _CONFIG_FLAG = re.compile(r"--?config(?:=(?P<file>.*))?$", re.DOTALL)
-_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=\[]+)")
+_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=\[]*)")
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Lints, builds the wheel, and runs the tests against the installed wheel; sets itself up.
+#   bash test.sh [PYTEST ARGUMENTS]     e.g. bash test.sh tests/flags_test.py -k help
+# PYTHON=python3.11 chooses the interpreter, VENV=DIR the environment (default .venv-test).
+set -euo pipefail
+clone=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/venv.sh
+source "$clone/launch/venv.sh"
+venv=${VENV:-$clone/.venv-test}
+[[ $venv == /* ]] || venv=$PWD/$venv
+unset PYTHONPATH
+
+# Built from a copy, the wheel holds no leftovers and the clone stays clean.
+stage=$(mktemp -d)
+trap 'rm -rf -- "$stage"' EXIT
+mkdir -- "$stage/source" "$stage/elsewhere"
+cd -- "$clone"
+cp -R -- mmmem_jax LICENSE ./*.* "$stage/source"
+find "$stage/source" -name __pycache__ -prune -exec rm -rf -- {} +
+
+ensure_venv "$venv" "$clone" "$stage/source[test]"
+python=$venv/bin/python
+
+echo 'Linting'
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/shellcheck" --external-sources test.sh .ci/run launch/*.sh
+
+echo 'Building and installing the wheel'
+"$python" -m build --wheel --outdir "$stage/dist" "$stage/source" >"$stage/build.log" 2>&1 ||
+  { cat -- "$stage/build.log" && fail 'the wheel does not build'; }
+"$python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+  "$stage"/dist/*.whl
+
+# From another folder, which has all but the package, so that only the wheel can be imported.
+for name in .ci benchmarks configs data launch notebooks tests test.sh ./*.*; do
+  [[ ! -e $name ]] || cp -R -- "$name" "$stage/elsewhere"
+done
+if [[ -z ${MMMEM_EGOLIFE_DIR:-} && -d $clone/../shared/data/egolife ]]; then
+  export MMMEM_EGOLIFE_DIR=$clone/../shared/data/egolife
+fi
+cd -- "$stage/elsewhere"
+MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax "$python" -m pytest --numprocesses 2 "$@"

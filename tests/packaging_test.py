@@ -1,0 +1,200 @@
+"""Tests of what a user installs and starts: the wheel, the pins, the launch script."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mmmem_jax
+
+REPO = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+
+
+def _run(*command, **kwargs):
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def _pins(python: str) -> dict[str, str]:
+    """Package name to pinned version, for a Python such as "3.11"."""
+    pins = {}
+    for line in (REPO / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                name = canonicalize_name(pin.name)
+                assert name not in pins
+                (pins[name],) = re.fullmatch(r"==([^,*]+)", str(pin.specifier)).groups()
+    return pins
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_every_dependency_has_one_pin_within_its_range(python):
+    pins = _pins(python)
+    extras = PROJECT["optional-dependencies"]
+    needs = map(Requirement, PROJECT["dependencies"] + extras["test"] + extras["benchmark"])
+    here = [n for n in needs if n.marker is None or n.marker.evaluate({"python_version": python})]
+    assert len(here) == len({need.name for need in here})
+    for need in here:
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
+
+
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys; import mmmem_jax; print({'jax', 'numpy', 'absl'} & set(sys.modules))"
+    assert _run(sys.executable, "-c", script).stdout == "set()\n"
+
+
+def test_no_module_needs_tensorflow_or_torch():
+    script = """
+import importlib, pkgutil, sys
+sys.modules["tensorflow"] = sys.modules["torch"] = None  # importing either now fails
+import mmmem_jax
+for module in pkgutil.walk_packages(mmmem_jax.__path__, "mmmem_jax."):
+    importlib.import_module(module.name)
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert citation["version"] == mmmem_jax.__version__
+    assert "2603.01455" in citation["preferred-citation"]["url"]
+
+
+@pytest.fixture
+def source():
+    """The folder that the wheel under test was built from, as test.sh tells."""
+    if "MMMEM_TEST_INSTALLED" not in os.environ:
+        pytest.skip("only test.sh tests an installed wheel")
+    return Path(os.environ["MMMEM_TEST_INSTALLED"])
+
+
+class TestInstalled:
+    @pytest.mark.usefixtures("source")
+    def test_the_wheel_is_what_is_tested(self):
+        installed = Path(mmmem_jax.__file__)
+        assert installed.is_relative_to(sys.prefix)
+        assert installed.parent.parent.name == "site-packages"
+        assert metadata.version("mmmem_jax") == mmmem_jax.__version__
+
+    def test_the_wheel_holds_every_file_of_the_package(self, source):
+        def files(folder):
+            paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+            return {path for path in paths if "__pycache__" not in path.parts}
+
+        assert files(source) == files(Path(mmmem_jax.__file__).parent)
+
+    def test_the_pinned_versions_are_installed(self, source):
+        pins = _pins("{}.{}".format(*sys.version_info))
+        installed = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+        tested = installed.keys() & pins.keys()
+        assert {"jax", "jaxlib", "flax", "orbax-checkpoint", "grain", "pytest"} <= tested
+        assert {name: installed[name] for name in tested} == {name: pins[name] for name in tested}
+
+
+class TestLaunch:
+    """launch/local.sh in a stand-in clone, whose Python writes down how it is called."""
+
+    @pytest.fixture
+    def clone(self, tmp_path):
+        clone = tmp_path / "a clone"
+        (clone / "launch").mkdir(parents=True)
+        for name in ("launch/local.sh", "launch/venv.sh", "pyproject.toml", "requirements.txt"):
+            (clone / name).write_text((REPO / name).read_text())
+        python = clone / ".venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(
+            '#!/bin/sh\necho "$PWD: $*" >> "$CALLS"\n'
+            'case "$*" in *"$FAIL"*) exit 7 ;; esac\n'  # FAIL is a word no call has, by default
+        )
+        python.chmod(0o755)
+        return clone
+
+    def _launch(self, clone, *args, fail="nothing"):
+        """Returns the finished script and the calls that Python got."""
+        calls, cwd = clone.parent / "calls", clone.parent / "elsewhere"
+        cwd.mkdir(exist_ok=True)
+        calls.write_text("")
+        env = os.environ | {"CALLS": str(calls), "FAIL": fail}
+        done = _run("bash", str(clone / "launch/local.sh"), *args, cwd=cwd, env=env)
+        return done, calls.read_text().splitlines()
+
+    def test_installs_once_then_trains_and_evaluates(self, clone):
+        done, calls = self._launch(clone)
+        assert done.returncode == 0, done.stderr
+        install, *runs = calls
+        assert "-m pip install" in install
+        assert f"--constraint {clone}/requirements.txt --editable {clone}" in install
+        workdir = f"{clone}/runs/sib_grpo"
+        assert runs == [
+            f"{clone}: -m mmmem_jax.main --config=configs/sib_grpo.py --workdir={workdir}",
+            f"{clone}: -m mmmem_jax.eval_main --workdir={workdir}",
+        ]
+        assert self._launch(clone)[1] == runs
+        (clone / "pyproject.toml").write_text("changed")
+        assert self._launch(clone)[1] == calls
+
+    def test_options(self, clone):
+        _, calls = self._launch(clone, "--config", "configs/sib_grpo.py:smoke", "--workdir=my run")
+        assert calls[-1].endswith(f"eval_main --workdir={clone.parent}/elsewhere/my run")
+        _, calls = self._launch(clone, "--config=configs/sib_grpo.py:smoke")
+        assert calls[-1].endswith(f"--workdir={clone}/runs/sib_grpo_smoke")
+
+    @pytest.mark.parametrize(
+        ("step", "runs"), [("pip", 1), ("mmmem_jax.main", 2), ("mmmem_jax.eval_main", 3)]
+    )
+    def test_a_failing_step_stops_with_its_code(self, clone, step, runs):
+        done, calls = self._launch(clone, fail=step)
+        assert done.returncode == 7
+        assert len(calls) == runs
+        # A failed install is tried again, a finished one is not.
+        assert ("pip" in self._launch(clone)[1][0]) == (step == "pip")
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--workdr=x"], "unknown argument --workdr=x; see --help"),
+            (["--workdir"], "--workdir needs a value; see --help"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, clone, args, message):
+        done, calls = self._launch(clone, *args)
+        assert (done.returncode, done.stderr) == (2, f"local.sh: {message}\n")
+        assert calls == []
+
+    def test_help(self, clone):
+        done, calls = self._launch(clone, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith("Usage: bash launch/local.sh")
+        assert calls == []
+
+    def test_without_a_fitting_python_it_says_so(self, clone, tmp_path):
+        for name in ("basename", "dirname"):  # all that the script needs from PATH so far
+            (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+        script = [str(clone / "launch/local.sh"), f"--venv={tmp_path}/new"]
+        done = _run("/bin/bash", *script, env={"PATH": str(tmp_path)})
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "needs Python 3.11 or 3.12" in done.stderr
+        done = _run("/bin/bash", *script, env={"PATH": str(tmp_path), "PYTHON": "python2"})
+        assert done.returncode == 2
+        assert done.stderr == (
+            "local.sh: PYTHON=python2 is no Python 3.11 or 3.12 with the venv module\n"
+        )
+
+
+def test_ci_exits_with_the_code_of_the_test_script(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci/run").write_text((REPO / ".ci/run").read_text())
+    (tmp_path / "test.sh").write_text('echo "$@"; exit 5')
+    done = _run("bash", str(tmp_path / ".ci/run"), "-k", "a word", cwd="/")
+    assert (done.returncode, done.stdout) == (5, "-k a word\n")
