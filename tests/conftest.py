@@ -9,9 +9,12 @@ import mmmem_jax
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Both are inherited by the programs that tests start, which so import the package under test.
+# Set before JAX is first imported, and inherited by the programs that tests start: these import
+# the package under test, and find what an earlier test or run has compiled.
 os.environ["PYTHONPATH"] = str(Path(mmmem_jax.__file__).parent.parent)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is first imported
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 
