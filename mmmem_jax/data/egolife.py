@@ -92,6 +92,11 @@ def day_of(seconds: float) -> int:
     return int(seconds // DAY) + 1
 
 
+def wearer_of(video: str) -> str:
+    """Returns the name of the person who wears the camera: "Jake" for "A1_JAKE"."""
+    return video.partition("_")[2].title()
+
+
 def cut_days(data: TimedText, days: Sequence[int]) -> TimedText:
     """Keeps the events that end, and the questions asked, on `days`."""
     return replace(
