@@ -113,6 +113,25 @@ def merged_tokens(item: Item, config: MemoryConfig) -> Int[Array, ""]:
     return jnp.ceil(config.merge_keep * item.tokens).astype(jnp.int32)
 
 
+def similarity(stream: EpisodicStream, item: Item) -> Float[Array, "N2"]:
+    """Mean of the cosines of text and of visual prototypes with the item's, in [-1, 1]."""
+    count = stream.prototype_count
+    visual = (
+        jnp.sum(stream.prototypes * count[..., None], 1) / jnp.maximum(count.sum(1), 1)[:, None]
+    )
+    told, seen = jnp.any(item.text != 0), jnp.any(item.coarse != 0)
+    total = slots.cosine(stream.text, item.text) + slots.cosine(visual, item.coarse)
+    return total / jnp.maximum(told.astype(jnp.float32) + seen, 1.0)
+
+
+def _merge_target(stream: EpisodicStream, item: Item, config: MemoryConfig) -> Int[Array, ""]:
+    """Slot that MERGE extends, -1 if there is none."""
+    if config.merge_target == "latest":
+        return stream.latest
+    near = jnp.where(stream.valid, similarity(stream, item), -jnp.inf)
+    return jnp.where(jnp.any(stream.valid), jnp.argmax(near), -1).astype(jnp.int32)
+
+
 def update(
     stream: EpisodicStream,
     item: Item,
@@ -122,22 +141,22 @@ def update(
 ) -> tuple[EpisodicStream, EpisodicUpdate]:
     """Applies the manager's action (eq. 2): psi(m, e*) in {ADD_NEW, MERGE, DISCARD}.
 
-    MERGE without an e*, or past `max_node_tokens`, opens a node. In a full stream the weakest of
+    MERGE without a target, or past `max_node_tokens`, opens a node. In a full stream the weakest of
     the nodes and the new one goes (ties: the oldest), so an item weaker than all is not kept.
     """
     table = rows(stream)
-    has_latest = stream.latest >= 0
+    target = _merge_target(stream, item, config)
     full_node = jnp.asarray(False)
     if config.max_node_tokens is not None:
-        held = stream.tokens[stream.latest] + merged_tokens(item, config)
+        held = stream.tokens[target] + merged_tokens(item, config)
         full_node = held > config.max_node_tokens
-    merges = item.valid & (action == MERGE) & has_latest & ~full_node
+    merges = item.valid & (action == MERGE) & (target >= 0) & ~full_node
     opens = item.valid & ((action == ADD_NEW) | ((action == MERGE) & ~merges))
 
     free = slots.weakest(stream.strength, stream.span[:, 0], stream.valid)
     stays = ~stream.valid[free] | (strength >= stream.strength[free])
     opens = opens & stays
-    slot = jnp.where(merges, stream.latest, free)
+    slot = jnp.where(merges, target, free)
     enabled = merges | opens
 
     current = {name: x[slot] for name, x in table.items()}
@@ -154,7 +173,9 @@ def update(
         cleared=opens & (jnp.arange(config.episodic_slots) == slot),
     )
     latest = jnp.where(opens, slot, stream.latest).astype(jnp.int32)
-    stream = stream.replace(**table, latest=latest, next_id=stream.next_id + opens.astype(jnp.int32))
+    stream = stream.replace(
+        **table, latest=latest, next_id=stream.next_id + opens.astype(jnp.int32)
+    )
     if config.token_budget is None:
         return stream, result
     return _enforce_budget(stream, result, config.token_budget)

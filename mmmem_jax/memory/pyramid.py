@@ -98,6 +98,7 @@ def scan(
             logits=decision.logits,
             action=decision.action,
             log_prob=decision.log_prob,
+            context=decision.context,
             node_id=done.node_id,
             tokens_added=done.tokens_added,
             tokens=jnp.sum(jnp.where(state.episodic.valid, state.episodic.tokens, 0)),

@@ -115,4 +115,3 @@ def update(
             schema, entities[0], item.relation, entities[1], item.span[1], kept
         )
     return schema
-

@@ -29,11 +29,16 @@ class MemoryConfig:
     entity_similarity: float = 0.7  # a mention nearer than this is the same entity
     gloss_rate: float = 0.6  # weight of the newest text in an entity's gloss
     max_node_tokens: int | None = None  # a MERGE that would pass it opens a new node instead
+    merge_target: str = "latest"  # node that MERGE extends: "latest" (eq. 2) or "nearest"
 
     def __post_init__(self):
         for name in ("sensory_slots", "episodic_slots", "num_prototypes", "dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"MemoryConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"MemoryConfig.{name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.merge_target not in ("latest", "nearest"):
+            raise ValueError(f"MemoryConfig.merge_target is latest or nearest: {self.merge_target}")
 
 
 @struct.dataclass
@@ -47,6 +52,7 @@ class Item:
     tokens: jax.Array  # [] int32, tokens of the narration
     mention: jax.Array  # [E, D] float32, embeddings of the entities named or seen
     mention_valid: jax.Array  # [E] bool
+    change: jax.Array  # [] float32, distance from the chunk before, 0 (the same) to 2
     relation: jax.Array  # [] int32, id of the relation from mention 0 to mention 1, -1 for none
     trace_id: jax.Array  # [] int32, row of the trace store that holds the text and the pixels
     valid: jax.Array  # [] bool, False for padding: the step leaves the state unchanged
@@ -124,6 +130,7 @@ class ManagerOutput:
     action: jax.Array  # [] int32
     log_prob: jax.Array  # [] float32, log pi(action)
     strength: jax.Array  # [] float32
+    context: jax.Array  # [F] float32, what the policy read of the state; F is 0 for fixed rules
 
 
 @struct.dataclass
@@ -133,6 +140,7 @@ class StepOutput:
     logits: jax.Array  # [3]
     action: jax.Array  # [] int32 as decided
     log_prob: jax.Array  # []
+    context: jax.Array  # [F]
     node_id: jax.Array  # [] int32, episode that took the item, -1 if none did
     tokens_added: jax.Array  # [] int32, tokens the episodic stream took
     tokens: jax.Array  # [] int32, episodic tokens held after the step

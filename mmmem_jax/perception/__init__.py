@@ -1,0 +1,1 @@
+"""From frames and narrations to the items a memory reads."""
