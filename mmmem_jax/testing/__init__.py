@@ -1,0 +1,1 @@
+"""Toy streams and memories for tests and examples."""
