@@ -141,21 +141,24 @@ def update(
 ) -> tuple[EpisodicStream, EpisodicUpdate]:
     """Applies the manager's action (eq. 2): psi(m, e*) in {ADD_NEW, MERGE, DISCARD}.
 
-    MERGE without a target, or past `max_node_tokens`, opens a node. In a full stream the weakest of
-    the nodes and the new one goes (ties: the oldest), so an item weaker than all is not kept.
+    MERGE without a target, or past `max_node_tokens` or the whole budget, opens a node. In a full
+    stream the weakest of the nodes and the new one goes (ties: the oldest), so an item weaker than
+    all is not kept; nor is one that is larger than the budget.
     """
     table = rows(stream)
     target = _merge_target(stream, item, config)
     full_node = jnp.asarray(False)
-    if config.max_node_tokens is not None:
-        held = stream.tokens[target] + merged_tokens(item, config)
-        full_node = held > config.max_node_tokens
+    limits = [x for x in (config.max_node_tokens, config.token_budget) if x is not None]
+    if limits:
+        full_node = stream.tokens[target] + merged_tokens(item, config) > min(limits)
     merges = item.valid & (action == MERGE) & (target >= 0) & ~full_node
     opens = item.valid & ((action == ADD_NEW) | ((action == MERGE) & ~merges))
 
     free = slots.weakest(stream.strength, stream.span[:, 0], stream.valid)
     stays = ~stream.valid[free] | (strength >= stream.strength[free])
     opens = opens & stays
+    if config.token_budget is not None:  # else it would push out all others, then itself
+        opens = opens & (item.tokens <= config.token_budget)
     slot = jnp.where(merges, target, free)
     enabled = merges | opens
 
