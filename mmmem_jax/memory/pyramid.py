@@ -16,7 +16,7 @@ def init(config: MemoryConfig) -> MemoryState:
         sensory=sensory.init(config),
         episodic=episodic.init(config),
         schema=schema.init(config),
-        clock=jnp.asarray(0.0),
+        clock=jnp.zeros(()),
         num_items=jnp.asarray(0, jnp.int32),
         tokens=jnp.asarray(0, jnp.int32),
         config=config,
