@@ -1,0 +1,1 @@
+"""Evaluation: the protocol, the results table, the HTML report."""
