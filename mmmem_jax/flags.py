@@ -17,6 +17,7 @@ shows no library's flags::
 import difflib
 import glob
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ __all__ = [
     "DEFINE_string",
     "FlagValues",
     "define_config",
+    "log_plainly",
     "run",
 ]
 
@@ -105,6 +107,16 @@ def run(
         _exit(f"{name}: {error}", 2)
     except KeyboardInterrupt:
         _exit(f"{name}: interrupted", 130)
+
+
+def log_plainly() -> None:
+    """Shows the package's own progress on stderr as plain lines; libraries report warnings only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("mmmem_jax")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
 
 
 def _exit(message: str, code: int) -> None:

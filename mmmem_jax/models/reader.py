@@ -91,10 +91,13 @@ def project(state: MemoryState) -> Slots:
 
 
 def _match_bias(num_heads: int) -> jax.Array:
-    """Initial feature weights: every head starts by looking where question and option both fit."""
-    bias = jnp.zeros((NUM_LEVELS, num_heads, NUM_FEATURES))
-    bias = bias.at[..., :NUM_BANKS].set(4.0).at[..., NUM_BANKS : 2 * NUM_BANKS].set(4.0)
-    return bias.at[..., 2 * NUM_BANKS : NUM_MATCH].set(16.0)
+    """Initial feature weights: even heads look where question and option fit, odd ones where the
+    question alone does, as questions of time and number need."""
+    bias = jnp.zeros((NUM_LEVELS, num_heads, 3, NUM_BANKS))
+    bias = bias.at[:, 0::2].set(jnp.array([4.0, 4.0, 16.0])[:, None])
+    bias = bias.at[:, 1::2, 0].set(14.0)
+    bias = bias.reshape(NUM_LEVELS, num_heads, NUM_MATCH)
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, NUM_SLOT)))
 
 
 class Reader(nnx.Module):
@@ -104,7 +107,7 @@ class Reader(nnx.Module):
         self,
         dim: int,
         *,
-        num_heads: int = 4,
+        num_heads: int = 3,
         num_sum_heads: int = 2,
         hidden: int = 64,
         rngs: nnx.Rngs,
@@ -119,7 +122,7 @@ class Reader(nnx.Module):
         self.weights.bias[...] = _match_bias(heads).reshape(-1)
         self.hidden = nnx.Linear(hidden, hidden, rngs=rngs)
         self.gate = nnx.Linear(hidden, hidden, rngs=rngs)
-        self.read = nnx.Linear(heads * (NUM_FEATURES + 1), hidden, use_bias=False, rngs=rngs)
+        self.read = nnx.Linear(heads * (NUM_SLOT + 1), hidden, use_bias=False, rngs=rngs)
         self.mid = nnx.Linear(hidden, hidden, rngs=rngs)
         self.out = nnx.Linear(hidden, 1, rngs=rngs)
         self.log_temperature = nnx.Param(jnp.zeros(()))
@@ -138,34 +141,44 @@ class Reader(nnx.Module):
         """Calibrated option logits from all valid slots, or from each question's `evidence`."""
         mask = slots.valid[None] if evidence is None else slots.valid & evidence
         mask = mask[:, None, None, :]  # [Q or 1, 1, 1, N]
-        features = _match(slots, asked)  # [Q, O, N, F]
-        scores, start = [], 0
-        for level, n in enumerate(slots.counts):
-            here = features[:, :, start : start + n]
-            scores.append(jnp.einsum("qohf,qonf->qohn", asked.weights[:, :, level], here))
-            start += n
-        soft, sums = jnp.split(jnp.concatenate(scores, -1), [self.num_heads], axis=2)
+        scores = _scores(slots, asked)
+        soft, sums = jnp.split(scores, [self.num_heads], axis=2)
         # One empty slot of score 0 gives the softmax somewhere to look when nothing fits.
         top = jnp.maximum(jnp.max(jnp.where(mask, soft, -jnp.inf), -1, keepdims=True), 0.0)
+        top = jax.lax.stop_gradient(top)
         fit = jnp.where(mask, jnp.exp(jnp.where(mask, soft, 0.0) - top), 0.0)
-        fit = fit / (fit.sum(-1, keepdims=True) + jnp.exp(-top))
+        total = fit.sum(-1, keepdims=True) + jnp.exp(-top)
         count = jnp.where(mask, jax.nn.sigmoid(sums - 4.0), 0.0)
-        attention = jnp.concatenate([fit, count], axis=2)
-        found = jnp.einsum("qohn,qonf->qohf", attention, features)
-        found = jnp.concatenate([found, attention.sum(-1, keepdims=True)], -1)
+        attention = jnp.concatenate([fit / total, count], axis=2)
+        # A softmax head also tells how well its slots fit, a counting head how many do.
+        strength = jnp.concatenate([jnp.log(total) + top, count.sum(-1, keepdims=True)], axis=2)
+        found = jnp.einsum("qohn,nf->qohf", attention, slots.features)
+        found = jnp.concatenate([found, strength], -1)
         x = self.read(found.reshape(*found.shape[:2], -1))
         x = jax.nn.gelu(x * asked.gate + asked.hidden)
         x = jax.nn.gelu(self.mid(x))
         return self.out(x)[..., 0] * jnp.exp(-self.log_temperature[...])
 
 
-def _match(slots: Slots, asked: AskedQuestions) -> Float[Array, "Q O N F"]:
-    """Match features of every pair with every slot, beside the slot's own features."""
-    with_query = jnp.einsum("qd,nbd->qnb", asked.query, slots.banks)[:, None]
-    with_option = jnp.einsum("qod,nbd->qonb", asked.options, slots.banks)
-    with_query = jnp.broadcast_to(with_query, with_option.shape)
-    own = jnp.broadcast_to(slots.features, (*with_option.shape[:3], NUM_SLOT))
-    return jnp.concatenate([with_query, with_option, with_query * with_option, own], axis=-1)
+def _scores(slots: Slots, asked: AskedQuestions) -> Float[Array, "Q O H N"]:
+    """Weighted match of every pair with every slot, per head.
+
+    The sum over banks is written out so that it fuses into one pass over [Q, O, H, N].
+    """
+    with_query = jnp.einsum("qd,nbd->bqn", asked.query, slots.banks)[:, :, None, None]
+    with_option = jnp.einsum("qod,nbd->bqon", asked.options, slots.banks)[:, :, :, None]
+    levels, start = [], 0
+    for level, n in enumerate(slots.counts):
+        here = slice(start, start + n)
+        w = asked.weights[:, :, level]  # [Q, O, H, F]
+        score = jnp.einsum("qohf,nf->qohn", w[..., NUM_MATCH:], slots.features[here])
+        for bank in range(NUM_BANKS):
+            q, o = with_query[bank][..., here], with_option[bank][..., here]
+            w_q, w_o, w_both = (w[..., k * NUM_BANKS + bank, None] for k in range(3))
+            score = score + w_q * q + (w_o + w_both * q) * o
+        levels.append(score)
+        start += n
+    return jnp.concatenate(levels, -1)
 
 
 def option_log_probs(

@@ -1,1 +1,1 @@
-"""SIB-GRPO: rollouts, the reward of eq. 10, advantages, the clipped loss, both bounds of the SIB."""
+"""SIB-GRPO: rollouts, the reward of eq. 10, advantages, the clipped loss, the SIB bounds."""

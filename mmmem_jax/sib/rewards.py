@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-TASKS = ("accuracy", "probability", "log_gain")
+TASKS = ("accuracy", "probability", "log_prob", "log_gain")
 
 
 class RewardTerms(NamedTuple):
@@ -31,6 +31,7 @@ def task_reward(
       answer: index of the right option.
       valid: which questions count.
       kind: 'accuracy' is 1 where the likeliest option is right; 'probability' is q(y | m);
+        'log_prob' is log q(y | m);
         'log_gain' is log q(y | m) - log q(y | no memory).
       log_probs_without: log q(y | no memory), for 'log_gain'.
 
@@ -46,6 +47,8 @@ def task_reward(
         score = (jnp.argmax(log_probs, -1) == answer).astype(jnp.float32)
     elif kind == "probability":
         score = jnp.exp(of_answer(log_probs))
+    elif kind == "log_prob":
+        score = of_answer(log_probs)
     elif kind == "log_gain" and log_probs_without is not None:
         score = of_answer(log_probs) - of_answer(log_probs_without)
     else:

@@ -29,6 +29,7 @@ class Trajectory(NamedTuple):
     task: jax.Array  # [B, G, U] change of the task reward over a unit
     length: jax.Array  # [B, G, U] change of the episodic tokens held
     last: jax.Array  # [B, G] task reward at the end
+    final: jax.Array  # [B, G] what `final_fn` reads at the end
     slots: jax.Array  # [B, G] episodes at the end
     tokens: jax.Array  # [B, G] episodic tokens at the end
     source_tokens: jax.Array  # [B, 1] tokens of the stream
@@ -53,14 +54,15 @@ def episodic_tokens(state: MemoryState) -> Float[Array, "..."]:
 def rollout(
     params,
     rng_key: jax.Array,
-    items: Item,
     *,
+    items: Item,
     init_state: MemoryState,
     decide_fn: memory.pyramid.DecideFn,
     task_fn: Callable[[MemoryState], Float[Array, "B G"]],
     num_generations: int,
-    block_size: int,
     credit: str,
+    block_size: int = 1,
+    final_fn: Callable[[MemoryState], Float[Array, "B G"]] | None = None,
     shard: Callable = lambda x: x,
 ) -> Trajectory:
     """Samples G traces for each of B streams.
@@ -73,8 +75,9 @@ def rollout(
       decide_fn: the policy.
       task_fn: R of eq. 10 in [B, G] from states with leading axes [B, G].
       num_generations: G.
-      block_size: decisions in a credit unit; ignored for `credit='trajectory'`.
       credit: 'trajectory', 'state' or 'step'.
+      block_size: decisions in a credit unit; ignored for `credit='trajectory'`.
+      final_fn: another reading of the memories at the end, `task_fn` by default.
       shard: puts a tree with leading axes [B, G] on the mesh.
 
     Raises:
@@ -90,7 +93,8 @@ def rollout(
     states = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (b, num_generations, *jnp.shape(x))), init_state
     )
-    states = shard(states)
+    # Without the barrier XLA evaluates the reader on the constant empty memory while compiling.
+    states = jax.lax.optimization_barrier(shard(states))
     units = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(b, t // block, block, *x.shape[2:]), 1, 0), items
     )
@@ -128,6 +132,7 @@ def rollout(
         task=shard(jnp.moveaxis(task, 0, 2)),
         length=shard(jnp.moveaxis(length, 0, 2)),
         last=last,
+        final=last if final_fn is None else final_fn(states),
         slots=states.episodic.valid.sum(-1),
         tokens=episodic_tokens(states),
         source_tokens=jnp.where(items.valid, items.tokens, 0).sum(-1, keepdims=True),

@@ -1,7 +1,9 @@
 """One SIB-GRPO update: rollouts from pi_old, the reward of eq. 10, a few clipped inner steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from mmmem_jax.data.encoded import EncodedStream, QuestionBatch, to_items, to_qu
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, MERGE, MemoryConfig, MemoryState
 from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.policies import manager
-from mmmem_jax.sib import advantages, losses, rewards
+from mmmem_jax.sib import advantages, losses, objective, rewards
 from mmmem_jax.sib.rollout import rollout
 
 
@@ -45,34 +47,54 @@ class ManagerState:
     params: nnx.State
     ref_params: nnx.State
     opt_state: optax.OptState
+    rng: jax.Array  # [2] uint32, key data; update i uses fold_in(key, i)
     step: jax.Array  # [] int32
 
 
-def init_state(model: manager.Manager, optimizer: optax.GradientTransformation) -> ManagerState:
+def init_state(
+    model: manager.Manager, optimizer: optax.GradientTransformation, rng_key: jax.Array
+) -> ManagerState:
     """State of an untrained manager; the reference policy is where it starts from."""
     params = nnx.state(model, nnx.Param)
     return ManagerState(
         params=params,
         ref_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        rng=jax.random.key_data(rng_key),
         step=jnp.asarray(0, jnp.int32),
     )
 
 
-def make_task_fn(reader_graphdef, reader_params, questions: QuestionBatch, config, memory_config):
-    """R of eq. 10 for memories [B, G]; the questions are embedded once for all of them."""
-    model = nnx.merge(reader_graphdef, reader_params)
-    asked = jax.vmap(model.ask)(questions.query, questions.options)
-    empty = reader_lib.project(memory.init(memory_config))
-    without = jax.vmap(lambda a: jax.nn.log_softmax(model.answer(empty, a)))(asked)
+class TaskFns(NamedTuple):
+    """What a batch's questions make of memories [B, G]."""
 
-    def one(state: MemoryState, a, q: QuestionBatch, log_probs_without):
-        log_probs = jax.nn.log_softmax(model.answer(reader_lib.project(state), a))
-        return rewards.task_reward(log_probs, q.answer, q.valid, config.task, log_probs_without)
+    reward: Callable[[MemoryState], Array]  # R of eq. 10, [B, G]
+    log_prob: Callable[[MemoryState], Array]  # mean log q(y | m), [B, G]
+    num_options: int
 
-    over_group = jax.vmap(one, in_axes=(0, None, None, None))
-    over_batch = jax.vmap(over_group)
-    return lambda states: over_batch(states, asked, questions, without)
+
+def reader_task(graphdef, params, kind: str, memory_config: MemoryConfig):
+    """(batch) -> TaskFns that let the fixed reader answer; questions are embedded once a batch."""
+    if kind not in rewards.TASKS:
+        raise ValueError(f"task must be one of {', '.join(rewards.TASKS)}, got {kind!r}")
+
+    def make(batch: EncodedStream) -> TaskFns:
+        model, questions = nnx.merge(graphdef, params), to_questions(batch)
+        asked = jax.vmap(model.ask)(questions.query, questions.options)
+        empty = reader_lib.project(memory.init(memory_config))
+        without = jax.vmap(lambda a: jax.nn.log_softmax(model.answer(empty, a)))(asked)
+
+        def score(task):
+            def one(state: MemoryState, a, q: QuestionBatch, log_probs_without):
+                log_probs = jax.nn.log_softmax(model.answer(reader_lib.project(state), a))
+                return rewards.task_reward(log_probs, q.answer, q.valid, task, log_probs_without)
+
+            over_group = jax.vmap(one, in_axes=(0, None, None, None))
+            return lambda states: jax.vmap(over_group)(states, asked, questions, without)
+
+        return TaskFns(score(kind), score("log_prob"), questions.options.shape[-2])
+
+    return make
 
 
 def _log_prob_of(logits, action):
@@ -116,34 +138,45 @@ def _rollout_metrics(traj, terms, reward, adv, config: SibConfig) -> dict[str, A
 
 def make_update(
     graphdef,
-    reader_graphdef,
+    make_task: Callable[[EncodedStream], TaskFns],
     optimizer: optax.GradientTransformation,
     memory_config: MemoryConfig,
     config: SibConfig,
     *,
     shard: Callable = lambda x: x,
 ):
-    """The update as a pure function: (state, reader_params, rng_key, batch) -> (state, metrics).
+    """The update as a pure function: (state, batch) -> (state, metrics).
 
-    `shard` puts trees with leading axes [B, G] on a ('data', 'group') mesh. At the first inner
-    step pi_theta is pi_old, so every ratio is 1.
+    `make_task` says what a memory is worth to the batch's questions (`reader_task` lets the reader
+    answer them). `shard` puts trees with leading axes [B, G] on a ('data', 'group') mesh. At the
+    first inner step pi_theta is pi_old, so every ratio is 1.
     """
     decide_fn = manager.make_decide_fn(graphdef)
 
-    def update(state: ManagerState, reader_params, rng_key, batch: EncodedStream):
-        items, questions = to_items(batch), to_questions(batch)
-        task_fn = make_task_fn(reader_graphdef, reader_params, questions, config, memory_config)
-        traj = rollout(
+    lam = config.beta1 / config.beta2 if config.beta2 else 0.0  # rate in nats a token (eq. 9)
+
+    def update(state: ManagerState, batch: EncodedStream):
+        items, task = to_items(batch), make_task(batch)
+        rng_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        sample = functools.partial(
+            rollout, items=items, init_state=memory.init(memory_config), decide_fn=decide_fn
+        )
+        traj = sample(
             state.params,
-            jax.random.fold_in(rng_key, state.step),
-            items,
-            init_state=memory.init(memory_config),
-            decide_fn=decide_fn,
-            task_fn=task_fn,
+            rng_key,
+            task_fn=task.reward,
+            final_fn=task.log_prob,
             num_generations=config.num_generations,
             block_size=config.block_size,
             credit=config.credit,
             shard=shard,
+        )
+        ref = sample(
+            state.ref_params,
+            jax.random.fold_in(rng_key, 1),
+            task_fn=lambda states: jnp.zeros(states.clock.shape),
+            num_generations=1,
+            credit="trajectory",
         )
         seen = manager.item_features(items)[:, None]
         ref_logits = manager.logits_fn(graphdef, state.ref_params, seen, traj.context)
@@ -189,6 +222,9 @@ def make_update(
             inner, (state.params, state.opt_state), length=config.inner_epochs
         )
         metrics = _rollout_metrics(traj, terms, reward, adv, config)
+        log_ratio, log_z = terms.log_ratio.sum(-1), objective.log_partition(ref.tokens, lam)
+        metrics["bound_relevance"] = objective.relevance_bound(traj.final, task.num_options, 1.0)
+        metrics["bound_rate"] = objective.rate_bound(log_ratio, traj.tokens, log_z, lam)
         metrics |= {name: x[-1] for name, x in inner_metrics.items()}
         metrics["ratio_first"] = jnp.maximum(
             inner_metrics["ratio_max"][0], 1.0 / inner_metrics["ratio_min"][0]

@@ -1,0 +1,101 @@
+"""Orbax checkpoints: state, Grain position and config of a step, saved together or not at all."""
+
+import json
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mmmem_jax.errors import UserError
+
+Json = dict
+
+
+def open_checkpoints(folder: Path, *, keep: int = 2) -> ocp.training.Checkpointer:
+    """The checkpoints of a phase. A save cut short never counts: Orbax renames finished ones."""
+    return ocp.training.Checkpointer(
+        folder.resolve(),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpoints, step: int, state, data_state: Json, config: Json) -> None:
+    """Saves one step and waits until it is whole on disk."""
+    checkpoints.save_checkpointables(
+        step, {"state": state, "data": data_state}, custom_metadata={"config": config}
+    )
+
+
+def restore(checkpoints, state, step: int | None = None):
+    """(state, data_state, step) of a checkpoint, the newest by default; None if there is none.
+
+    `state` gives shapes, dtypes and shardings.
+    """
+    latest = checkpoints.latest
+    if latest is None:
+        return None
+    step = latest.step if step is None else step
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    loaded = checkpoints.load_checkpointables(step, {"state": abstract, "data": None})
+    return loaded["state"], loaded["data"], step
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, in order; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def flatten(config: Json, prefix: str = "") -> dict[str, object]:
+    """A nested dict as {'a.b': value}."""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def claim_workdir(workdir: Path, config: Json) -> None:
+    """Writes `config.json` into a new workdir; refuses one that was made by another config.
+
+    Raises:
+      UserError: naming the keys that differ.
+    """
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(config))
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(config, indent=2))
+        partial.replace(path)
+        return
+    old, new = flatten(read_config(workdir)), flatten(config)
+    different = [
+        f"{key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "unset") != new.get(key, "unset")
+    ]
+    if different:
+        raise UserError(
+            f"{workdir} belongs to another config ({'; '.join(different)}); "
+            "take the same config or another --workdir"
+        )
+
+
+def read_config(workdir: Path) -> Json:
+    """The config a workdir was made by; raises UserError if it is no workdir."""
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} has no config.json; run mmmem_jax.main there first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}); restore it or start a new workdir"
+        ) from None

@@ -1,0 +1,108 @@
+"""The training loop that every phase shares: resumable to the bit, logged, stopped by NaN."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from mmmem_jax.errors import UserError
+from mmmem_jax.train import checkpoints
+from mmmem_jax.train.metrics import MetricsWriter, Progress, check_finite
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long a phase runs and how often it reports; `save_every` is a multiple of `log_every`."""
+
+    num_steps: int
+    log_every: int
+    save_every: int
+    shown: tuple[str, ...] = ()
+    decisions_per_step: int = 0
+
+    def __post_init__(self):
+        if self.log_every < 1 or self.save_every % self.log_every:
+            raise UserError(
+                f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}"
+            )
+
+
+def _mean_of(window: list[dict]) -> dict[str, float]:
+    rows = jax.device_get(window)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def fit(
+    phase: str,
+    state,
+    update_fn: Callable,
+    loader: grain.DatasetIterator,
+    *,
+    workdir: Path,
+    config: dict,
+    fit_config: FitConfig,
+    put_batch: Callable = lambda batch: batch,
+):
+    """Runs `update_fn(state, batch) -> (state, metrics)` until `num_steps`, or resumes.
+
+    What is random must follow from `state` and the batch, so a killed run that resumes from its
+    newest checkpoint goes through the same states and logs the same rows. Metrics are means over
+    the steps since the last report.
+
+    Args:
+      phase: name of the checkpoint folder, of the metrics and of the config section.
+      state: initial state, a pytree of arrays.
+      update_fn: jitted here; donates its state.
+      loader: endless iterator with get_state / set_state.
+      workdir: folder of the run.
+      config: whole config of the run, kept beside every checkpoint.
+      fit_config: steps and intervals.
+      put_batch: host batch to device batch.
+
+    Raises:
+      UserError: if a metric is not finite.
+    """
+    saved = checkpoints.open_checkpoints(workdir / "checkpoints" / phase)
+    restored = checkpoints.restore(saved, state)
+    step, last_good = 0, None
+    if restored is not None:
+        state, data_state, step = restored
+        loader.set_state(data_state)
+        last_good = step
+    if step >= fit_config.num_steps:
+        saved.close()
+        return state
+    update = jax.jit(update_fn, donate_argnums=0)
+    writer = MetricsWriter(workdir, phase, step)
+    progress = Progress(phase, fit_config.num_steps, step)
+    window, since = [], time.monotonic()
+    try:
+        while step < fit_config.num_steps:
+            state, metrics = update(state, put_batch(next(loader)))
+            step += 1
+            window.append(metrics)
+            progress.advance()
+            last = step == fit_config.num_steps
+            if step % fit_config.log_every and not last:
+                continue
+            values = _mean_of(window)
+            check_finite(phase, step, values, last_good)
+            seconds = time.monotonic() - since
+            values["steps_per_s"] = len(window) / seconds
+            if fit_config.decisions_per_step:
+                values["decisions_per_s"] = len(window) * fit_config.decisions_per_step / seconds
+            writer.write(step, values)
+            progress.report(step, {k: values[k] for k in fit_config.shown})
+            if step % fit_config.save_every == 0 or last:
+                checkpoints.save(saved, step, state, loader.get_state(), config)
+                last_good = step
+            window, since = [], time.monotonic()
+    finally:
+        progress.close()
+        writer.close()
+        saved.close()
+    return state

@@ -1,0 +1,220 @@
+"""The job of the procedural world: eye, then reader, then manager, each resumable by itself."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mmmem_jax.data import encoded, worlds
+from mmmem_jax.data.encoded import EncodedStream
+from mmmem_jax.memory.types import MemoryConfig
+from mmmem_jax.models.frame_encoder import FrameEncoder, frame_loss
+from mmmem_jax.models.reader import Reader
+from mmmem_jax.perception import world as perception
+from mmmem_jax.policies.manager import Manager
+from mmmem_jax.retrieval.top_down import RetrievalConfig
+from mmmem_jax.sib import update as sib
+from mmmem_jax.train import checkpoints, reader_phase, sharding, state
+from mmmem_jax.train.trainer import FitConfig, fit
+
+LOG = logging.getLogger("mmmem_jax")
+SPLITS = {"perception": 0, "train": 1, "validation": 2, "test": 3}
+PHASES = ("perception", "reader", "manager")
+
+
+class Models(NamedTuple):
+    """Structure and freshly initialised parameters of the three networks."""
+
+    eye: FrameEncoder
+    reader: Reader
+    manager: Manager
+
+
+def memory_config(config: ConfigDict) -> MemoryConfig:
+    """The memory of a run."""
+    return MemoryConfig(dim=config.dim, **config.memory)
+
+
+def retrieval_config(config: ConfigDict) -> RetrievalConfig:
+    """The retrieval of a run."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.retrieval.items()}
+    return RetrievalConfig(**options)
+
+
+def make_models(config: ConfigDict) -> Models:
+    """Networks initialised from the config's seed."""
+    keys = nnx.Rngs(eye=config.seed, reader=config.seed + 1, manager=config.seed + 2)
+    return Models(
+        eye=FrameEncoder(len(worlds.WORDS), config.perception.hidden, rngs=nnx.Rngs(keys.eye())),
+        reader=Reader(config.dim, hidden=config.reader.hidden, rngs=nnx.Rngs(keys.reader())),
+        manager=Manager(config.dim, config.manager.hidden, rngs=nnx.Rngs(keys.manager())),
+    )
+
+
+def make_streams(
+    config: ConfigDict, split: str, size: int, *, num_chunks: int | None = None
+) -> list[tuple[worlds.Stream, worlds.Questions]]:
+    """The first `size` streams of a split; splits never share a stream."""
+    options = dict(config.world)
+    if num_chunks is not None:
+        options["num_chunks"] = num_chunks
+    world = worlds.WorldConfig(**options)
+    seed = config.seed * len(SPLITS) + SPLITS[split]
+    return [worlds.make_stream(seed, i, world) for i in range(size)]
+
+
+def encode_streams(eye: FrameEncoder, streams, dim: int) -> EncodedStream:
+    """Perceived streams of one length, stacked."""
+    return encoded.stack([perception.perceive(eye, *s, dim) for s in streams])
+
+
+def _phase_key(config: ConfigDict, phase: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), PHASES.index(phase))
+
+
+def _fit_config(section: ConfigDict, **kwargs) -> FitConfig:
+    return FitConfig(section.num_steps, section.log_every, section.save_every, **kwargs)
+
+
+def _frame_loader(config: ConfigDict) -> grain.DatasetIterator:
+    """Batches (frames, shown words) of the perception split, shuffled and endless."""
+    streams = make_streams(config, "perception", config.streams.perception)
+    frames = np.concatenate([worlds.render(s) for s, _ in streams])
+    shown = np.concatenate([perception.shown_words(s) for s, _ in streams])
+    dataset = (
+        grain.MapDataset.range(len(frames))
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .batch(config.perception.batch_size, drop_remainder=True, batch_fn=np.asarray)
+        .map(lambda index: (frames[index], shown[index]))
+    )
+    return iter(dataset.to_iter_dataset())
+
+
+def train_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEncoder:
+    """Trains the frame encoder; a finished run only loads it."""
+    graphdef, params = nnx.split(model)
+    optimizer = optax.adam(config.perception.learning_rate)
+
+    def loss_fn(params, rng_key, batch):
+        return frame_loss(nnx.merge(graphdef, params), *batch)
+
+    final = fit(
+        "perception",
+        state.init_state(params, optimizer, _phase_key(config, "perception")),
+        state.make_update(loss_fn, optimizer),
+        _frame_loader(config),
+        workdir=workdir,
+        config=config.to_dict(),
+        fit_config=_fit_config(config.perception, shown=("loss", "recall_fine", "recall_coarse")),
+    )
+    return nnx.merge(graphdef, final.params)
+
+
+def train_reader(
+    config: ConfigDict, workdir: Path, model: Reader, train: EncodedStream, held_out: EncodedStream
+) -> Reader:
+    """Trains the reader on memories of many kinds, then calibrates it on held-out ones."""
+    graphdef, params = nnx.split(model)
+    section = config.reader
+    schedule = optax.cosine_decay_schedule(section.learning_rate, section.num_steps, alpha=0.02)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    loss_fn = reader_phase.make_loss_fn(
+        graphdef, memory_config(config), retrieval_config(config), section.num_unlimited
+    )
+    final = fit(
+        "reader",
+        state.init_state(params, optimizer, _phase_key(config, "reader")),
+        state.make_update(loss_fn, optimizer),
+        encoded.make_loader(
+            train,
+            seed=config.seed,
+            batch_size=section.batch_size,
+            questions_per_stream=section.questions_per_stream,
+        ),
+        workdir=workdir,
+        config=config.to_dict(),
+        fit_config=_fit_config(section, shown=("loss", "accuracy", "accuracy_unlimited")),
+    )
+    params, report = reader_phase.calibrate(
+        graphdef, final.params, jax.random.key(config.seed), held_out, memory_config(config)
+    )
+    LOG.info("reader calibrated: %s", {k: round(v, 4) for k, v in report.items()})
+    return nnx.merge(graphdef, params)
+
+
+def manager_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam with a short warm-up and clipped gradients; one schedule step is one inner epoch."""
+    steps = config.manager.num_steps * config.sib.inner_epochs
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.manager.learning_rate,
+        max(1, steps // 50),
+        max(2, steps),
+        0.1 * config.manager.learning_rate,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def train_manager(
+    config: ConfigDict, workdir: Path, model: Manager, reader: Reader, train: EncodedStream
+) -> Manager:
+    """SIB-GRPO with the reader fixed."""
+    section, options = config.manager, sib.SibConfig(**config.sib)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
+    sharding.check_divides(
+        mesh, batch_size=section.batch_size, num_generations=options.num_generations
+    )
+    graphdef, _ = nnx.split(model)
+    reader_graphdef, reader_params = nnx.split(reader)
+    optimizer = manager_optimizer(config)
+    update = sib.make_update(
+        graphdef,
+        sib.reader_task(reader_graphdef, reader_params, options.task, memory_config(config)),
+        optimizer,
+        memory_config(config),
+        options,
+        shard=sharding.make_shard(mesh),
+    )
+    decisions = section.batch_size * options.num_generations * config.world.num_chunks
+    final = fit(
+        "manager",
+        sharding.replicate(mesh, sib.init_state(model, optimizer, _phase_key(config, "manager"))),
+        update,
+        encoded.make_loader(
+            train,
+            seed=config.seed,
+            batch_size=section.batch_size,
+            questions_per_stream=section.questions_per_stream,
+        ),
+        workdir=workdir,
+        config=config.to_dict(),
+        fit_config=dataclasses.replace(
+            _fit_config(section, shown=("task_reward", "reward", "share_add", "share_discard")),
+            decisions_per_step=decisions,
+        ),
+        put_batch=lambda batch: sharding.put_batch(mesh, batch),
+    )
+    return nnx.merge(graphdef, final.params)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains all three phases in `workdir`, or goes on where it was stopped."""
+    checkpoints.claim_workdir(workdir, config.to_dict())
+    models = make_models(config)
+    eye = train_eye(config, workdir, models.eye)
+    train = encode_streams(eye, make_streams(config, "train", config.streams.train), config.dim)
+    held_out = encode_streams(
+        eye, make_streams(config, "validation", config.streams.validation), config.dim
+    )
+    reader = train_reader(config, workdir, models.reader, train, held_out)
+    train_manager(config, workdir, models.manager, reader, train)
+    LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)
