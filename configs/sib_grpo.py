@@ -61,5 +61,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.reader.update({"num_steps": 20, "batch_size": 8, "log_every": 10, "save_every": 10})
         config.manager.update({"num_steps": 8, "batch_size": 4, "log_every": 2, "save_every": 4})
         config.sib.num_generations = 4
-        config.eval.update({"batch_size": 8, "slots": (12,)})
+        config.eval.update({"batch_size": 8, "slots": ()})
     return config

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_collections
 from absl import app
 from absl import flags as absl_flags
+from absl import logging as absl_logging
 from absl.flags import (
     DEFINE_bool,
     DEFINE_enum,
@@ -111,6 +112,7 @@ def run(
 
 def log_plainly() -> None:
     """Shows the package's own progress on stderr as plain lines; libraries report warnings only."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("mmmem_jax")

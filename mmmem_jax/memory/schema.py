@@ -40,7 +40,7 @@ def unground(schema: SymbolicSchema, cleared: Bool[Array, "N2"]) -> SymbolicSche
 
 
 def _insert_mention(schema, item, mention, episode, strength, enabled, config):
-    """Merges one mention into its entity, or opens one; returns the schema and the entity's slot."""
+    """Merges one mention into its entity, or opens one; returns the schema and the slot."""
     similarity = jnp.where(schema.valid, slots.cosine(schema.embedding, mention), -jnp.inf)
     nearest = jnp.argmax(similarity)
     known = similarity[nearest] >= config.entity_similarity
@@ -101,7 +101,7 @@ def update(
     strength: Float[Array, ""],
     config: MemoryConfig,
 ) -> SymbolicSchema:
-    """Takes the mentions of an item kept in slot `episode` of the episodic stream (-1: not kept)."""
+    """Takes the mentions of an item kept in episodic slot `episode` (-1: not kept)."""
     kept = episode >= 0
     episode_edge = kept & (jnp.arange(config.episodic_slots) == episode)
     entities = []

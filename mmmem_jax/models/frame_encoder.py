@@ -1,4 +1,4 @@
-"""The world's eye: a small multi-label classifier of the words a frame shows, at two resolutions."""
+"""The world's eye: a small classifier of the words a frame shows, at two resolutions."""
 
 import jax
 import jax.numpy as jnp

@@ -29,7 +29,7 @@ def word_vectors(dim: int) -> np.ndarray:
 
 
 def embed_words(words: np.ndarray, dim: int) -> np.ndarray:
-    """Unit sum of the word vectors of each row: [..., W] ids -> float32 [..., dim], zero if empty."""
+    """Unit sum of word vectors: ids [..., W] -> float32 [..., dim], zero where there is none."""
     total = word_vectors(dim)[words].sum(-2)
     return total / np.maximum(np.linalg.norm(total, axis=-1, keepdims=True), 1e-6)
 

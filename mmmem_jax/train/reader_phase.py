@@ -48,9 +48,12 @@ def varied_memories(rng_key: jax.Array, items: Item, config: MemoryConfig) -> Me
 def full_memories(items: Item, config: MemoryConfig) -> MemoryState:
     """Memories [B] that hold every chunk."""
     start = memory.init(unlimited_config(config, items.valid.shape[1]))
-    decide_fn = rules.unlimited().decide_fn
-    key = jax.random.key(0)
-    return jax.vmap(lambda x: memory.scan(None, key, start, x, decide_fn=decide_fn)[0])(items)
+    rule, key = rules.unlimited(), jax.random.key(0)
+
+    def one(stream):
+        return memory.scan(rule.params, key, start, stream, decide_fn=rule.decide_fn)[0]
+
+    return jax.vmap(one)(items)
 
 
 def _answer(model, state, questions: QuestionBatch, depth, retrieval: RetrievalConfig):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mmmem_jax.data import encoded, worlds
 from mmmem_jax.data.encoded import EncodedStream
+from mmmem_jax.errors import UserError
 from mmmem_jax.memory.types import MemoryConfig
 from mmmem_jax.models.frame_encoder import FrameEncoder, frame_loss
 from mmmem_jax.models.reader import Reader
@@ -27,6 +28,7 @@ from mmmem_jax.train.trainer import FitConfig, fit
 LOG = logging.getLogger("mmmem_jax")
 SPLITS = {"perception": 0, "train": 1, "validation": 2, "test": 3}
 PHASES = ("perception", "reader", "manager")
+CALIBRATED = "calibrated_reader"  # folder of the reader with its temperature set
 
 
 class Models(NamedTuple):
@@ -99,10 +101,56 @@ def _frame_loader(config: ConfigDict) -> grain.DatasetIterator:
     return iter(dataset.to_iter_dataset())
 
 
+def _load(workdir: Path, phase: str, state, step: int | None = None):
+    """(state, step) of a phase's checkpoint; raises UserError if there is none."""
+    folder = workdir / "checkpoints" / phase
+    found = checkpoints.steps(folder)
+    if not found or (step is not None and step not in found):
+        wanted = "a checkpoint" if step is None else f"step {step}"
+        raise UserError(
+            f"{folder} has no {wanted} (steps there: {found or 'none'}); "
+            f"run mmmem_jax.main with --workdir={workdir} first"
+        )
+    saved = checkpoints.open_checkpoints(folder)
+    try:
+        state, _, step = checkpoints.restore(saved, state, step)
+    finally:
+        saved.close()
+    return state, step
+
+
+def load_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEncoder:
+    """The trained frame encoder of a workdir."""
+    graphdef, params = nnx.split(model)
+    start = state.init_state(params, _eye_optimizer(config), _phase_key(config, "perception"))
+    return nnx.merge(graphdef, _load(workdir, "perception", start)[0].params)
+
+
+def load_reader(config: ConfigDict, workdir: Path, model: Reader) -> Reader:
+    """The calibrated reader of a workdir."""
+    del config
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, _load(workdir, CALIBRATED, {"params": params})[0]["params"])
+
+
+def load_manager(
+    config: ConfigDict, workdir: Path, model: Manager, step: int | None
+) -> tuple[Manager, int]:
+    """The manager of a checkpoint, the newest by default, and its step."""
+    graphdef, _ = nnx.split(model)
+    start = sib.init_state(model, manager_optimizer(config), _phase_key(config, "manager"))
+    found, step = _load(workdir, "manager", start, step)
+    return nnx.merge(graphdef, found.params), step
+
+
+def _eye_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.adam(config.perception.learning_rate)
+
+
 def train_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEncoder:
     """Trains the frame encoder; a finished run only loads it."""
     graphdef, params = nnx.split(model)
-    optimizer = optax.adam(config.perception.learning_rate)
+    optimizer = _eye_optimizer(config)
 
     def loss_fn(params, rng_key, batch):
         return frame_loss(nnx.merge(graphdef, params), *batch)
@@ -125,6 +173,8 @@ def train_reader(
     """Trains the reader on memories of many kinds, then calibrates it on held-out ones."""
     graphdef, params = nnx.split(model)
     section = config.reader
+    if checkpoints.steps(workdir / "checkpoints" / CALIBRATED):
+        return load_reader(config, workdir, model)
     schedule = optax.cosine_decay_schedule(section.learning_rate, section.num_steps, alpha=0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     loss_fn = reader_phase.make_loss_fn(
@@ -148,6 +198,9 @@ def train_reader(
         graphdef, final.params, jax.random.key(config.seed), held_out, memory_config(config)
     )
     LOG.info("reader calibrated: %s", {k: round(v, 4) for k, v in report.items()})
+    saved = checkpoints.open_checkpoints(workdir / "checkpoints" / CALIBRATED)
+    checkpoints.save(saved, section.num_steps, {"params": params}, report, config.to_dict())
+    saved.close()
     return nnx.merge(graphdef, params)
 
 

@@ -1,0 +1,71 @@
+"""Evaluates a run's checkpoints on held-out streams, beside every fixed rule at the same budget.
+
+    python -m mmmem_jax.eval_main --workdir=runs/sib_grpo
+    python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --step=400
+    python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
+
+Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
+results table. --follow evaluates every checkpoint as it appears, until training has ended.
+"""
+
+from pathlib import Path
+
+from mmmem_jax import flags
+from mmmem_jax.errors import UserError
+
+FLAGS = flags.FlagValues()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; required.", flag_values=FLAGS)
+STEP = flags.DEFINE_integer(
+    "step", None, "Checkpoint of the manager to take; the newest by default.", flag_values=FLAGS
+)
+FOLLOW = flags.DEFINE_bool(
+    "follow", False, "Evaluate every checkpoint as it appears.", flag_values=FLAGS
+)
+NUM_STREAMS = flags.DEFINE_integer(
+    "num_streams", None, "Held-out streams; the config's number by default.", flag_values=FLAGS
+)
+TIMEOUT = flags.DEFINE_integer(
+    "timeout", 3600, "Seconds --follow waits for a new checkpoint.", flag_values=FLAGS
+)
+
+
+def evaluate_world(workdir: Path) -> None:
+    """Evaluates a run of the procedural world."""
+    from mmmem_jax.evals import table, world_eval
+
+    run = world_eval.load_run(workdir, num_streams=NUM_STREAMS.value)
+    if FOLLOW.value:
+        world_eval.follow(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
+    learned, step = world_eval.load_learned(run, workdir, STEP.value)
+    results = world_eval.full_evaluation(run, workdir, step, learned)
+    print(table.format_table(results))
+    print(f"report: {workdir / 'eval' / 'report.html'}")
+
+
+def evaluate_text(workdir: Path) -> None:
+    """Evaluates a run on timed text."""
+    from mmmem_jax.evals import text_protocol
+
+    text_protocol.full_evaluation(workdir, step=STEP.value)
+
+
+JOBS = {"world": evaluate_world, "text": evaluate_text}
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates the job that the workdir's config names."""
+    del argv
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing; name the folder of a run of mmmem_jax.main")
+    from mmmem_jax.train import checkpoints
+
+    workdir = Path(WORKDIR.value)
+    config = checkpoints.read_config(workdir)
+    if config.get("job") not in JOBS:
+        raise UserError(f"{workdir / 'config.json'} names the unknown job {config.get('job')!r}")
+    flags.log_plainly()
+    JOBS[config["job"]](workdir)
+
+
+if __name__ == "__main__":
+    flags.run(main, FLAGS, name="eval_main", usage=__doc__)
