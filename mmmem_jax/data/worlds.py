@@ -40,8 +40,7 @@ WORD_ID = {word: i for i, word in enumerate(WORDS)}
 KINDS = ("state", "place", "pattern", "action", "routine", "loud", "idle", "talk", "glitch")
 KIND = {name: i for i, name in enumerate(KINDS)}
 FAMILIES = ("state", "seen_once", "who", "order", "count", "when", "habit", "gist")
-LEVELS = ("schema", "episodic", "sensory")
-# The level a family should need: gist lives high, verbatim detail low.
+# The level a family should need, index of memory LEVELS: gist lives high, verbatim detail low.
 FAMILY_LEVEL = (0, 2, 1, 1, 1, 1, 0, 0)
 
 TEXT_WORDS, QUESTION_WORDS, OPTION_WORDS, MAX_EVIDENCE = 6, 5, 2, 8

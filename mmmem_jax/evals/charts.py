@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mmmem_jax.evals import table
-from mmmem_jax.evals.table import LEVELS, finite
+from mmmem_jax.evals.table import finite
+from mmmem_jax.memory.types import LEVELS
 
 MAX_POINTS = 300  # of a curve: more are averaged
 

@@ -12,6 +12,7 @@ from matplotlib import image
 from mmmem_jax.data import worlds
 from mmmem_jax.data.encoded import EncodedStream, to_items, to_questions
 from mmmem_jax.evals.protocol import Policy, build
+from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.perception.world import word_vectors
@@ -99,7 +100,7 @@ def make_example(
     right = found.log_probs.argmax(-1) == questions.answer
     depth = np.where(questions.valid, found.stop_step + 100 * right, -1)
     q = int(np.argmax(depth))
-    levels = [worlds.LEVELS[i] for i in retrieval.step_levels]
+    levels = [LEVELS[i] for i in retrieval.step_levels]
     num_steps = len(levels)
     evidence = questions.evidence[q][questions.evidence[q] >= 0]
     return {

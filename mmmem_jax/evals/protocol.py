@@ -12,8 +12,8 @@ from flax import nnx
 
 from mmmem_jax import memory
 from mmmem_jax.data.encoded import EncodedStream, to_items, to_questions
-from mmmem_jax.data.worlds import FAMILIES, FAMILY_LEVEL, LEVELS, SECONDS_PER_DAY
-from mmmem_jax.memory.types import Item, MemoryConfig, MemoryState, StepOutput
+from mmmem_jax.data.worlds import FAMILIES, FAMILY_LEVEL, SECONDS_PER_DAY
+from mmmem_jax.memory.types import LEVELS, Item, MemoryConfig, MemoryState, StepOutput
 from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies import manager, rules

@@ -12,6 +12,7 @@ import jinja2
 
 from mmmem_jax.evals import charts, table, timeline
 from mmmem_jax.evals.table import finite
+from mmmem_jax.memory.types import LEVELS
 
 
 def _against_rule(learned: dict, rule: dict) -> str:
@@ -105,7 +106,7 @@ def render(results: dict, metrics: list[dict]) -> str:
         options=timeline.options(example),
         steps=timeline.steps_taken(example),
         pyramid=timeline.pyramid(example),
-        level_names=table.LEVELS,
+        level_names=LEVELS,
     )
 
 

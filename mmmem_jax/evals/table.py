@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-LEVELS = ("schema", "episodic", "sensory")
 LEARNED, UNLIMITED = "learned", "unlimited"
 COLORS = {"learned": "#1d5fd1", "rule": "#c2570c", "unlimited": "#5b6472", "other": "#aab2be"}
 

@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from mmmem_jax.evals.table import LEVELS, finite
+from mmmem_jax.evals.table import finite
+from mmmem_jax.memory.types import LEVELS
 
 MAX_MARKS = 600  # of a row: of more, an even sample is drawn
 MAX_TEXT = 240  # characters of one text

@@ -17,6 +17,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.evals import protocol, report, table
 from mmmem_jax.evals.example import make_example
 from mmmem_jax.evals.protocol import Policy
+from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.models.frame_encoder import FrameEncoder
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies import rules
@@ -135,7 +136,7 @@ def question_rows(run: Run, records: dict[str, protocol.Records]):
                 "answer": int(run.streams.answer[s, m]),
                 "log_probs": [round(float(x), 4) for x in r.log_probs[s, m]],
                 "top_down_log_probs": [round(float(x), 4) for x in r.top_down_log_probs[s, m]],
-                "stop_level": worlds.LEVELS[r.stop_level[s, m]],
+                "stop_level": LEVELS[r.stop_level[s, m]],
                 "stop_step": int(r.stop_step[s, m]),
                 "tokens_read": int(r.tokens_read[s, m]),
                 "evidence_age_days": round(float(age[s, m]), 3),

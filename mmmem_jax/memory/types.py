@@ -11,6 +11,7 @@ from flax import struct
 
 ADD_NEW, MERGE, DISCARD = 0, 1, 2
 NUM_ACTIONS = 3
+LEVELS = ("schema", "episodic", "sensory")  # in reading order, top down
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Trajectory(NamedTuple):
     task: jax.Array  # [B, G, U] change of the task reward over a unit
     length: jax.Array  # [B, G, U] change of the episodic tokens held
     last: jax.Array  # [B, G] task reward at the end
-    final: jax.Array  # [B, G] what `final_fn` reads at the end
+    final: object  # what `final_fn` reads at the end
     slots: jax.Array  # [B, G] episodes at the end
     tokens: jax.Array  # [B, G] episodic tokens at the end
     source_tokens: jax.Array  # [B, 1] tokens of the stream
@@ -62,7 +62,7 @@ def rollout(
     num_generations: int,
     credit: str,
     block_size: int = 1,
-    final_fn: Callable[[MemoryState], Float[Array, "B G"]] | None = None,
+    final_fn: Callable[[MemoryState], object] = lambda states: (),
     shard: Callable = lambda x: x,
 ) -> Trajectory:
     """Samples G traces for each of B streams.
@@ -77,7 +77,7 @@ def rollout(
       num_generations: G.
       credit: 'trajectory', 'state' or 'step'.
       block_size: decisions in a credit unit; ignored for `credit='trajectory'`.
-      final_fn: another reading of the memories at the end, `task_fn` by default.
+      final_fn: what else to read of the memories at the end.
       shard: puts a tree with leading axes [B, G] on the mesh.
 
     Raises:
@@ -132,7 +132,7 @@ def rollout(
         task=shard(jnp.moveaxis(task, 0, 2)),
         length=shard(jnp.moveaxis(length, 0, 2)),
         last=last,
-        final=last if final_fn is None else final_fn(states),
+        final=final_fn(states),
         slots=states.episodic.valid.sum(-1),
         tokens=episodic_tokens(states),
         source_tokens=jnp.where(items.valid, items.tokens, 0).sum(-1, keepdims=True),

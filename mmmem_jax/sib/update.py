@@ -13,9 +13,10 @@ from jaxtyping import Array
 
 from mmmem_jax import memory
 from mmmem_jax.data.encoded import EncodedStream, QuestionBatch, to_items, to_questions
-from mmmem_jax.memory.types import ADD_NEW, DISCARD, MERGE, MemoryConfig, MemoryState
+from mmmem_jax.memory.types import ADD_NEW, DISCARD, LEVELS, MERGE, MemoryConfig, MemoryState
 from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.policies import manager
+from mmmem_jax.retrieval.top_down import RetrievalConfig, top_down
 from mmmem_jax.sib import advantages, losses, objective, rewards
 from mmmem_jax.sib.rollout import rollout
 
@@ -69,12 +70,17 @@ class TaskFns(NamedTuple):
     """What a batch's questions make of memories [B, G]."""
 
     reward: Callable[[MemoryState], Array]  # R of eq. 10, [B, G]
-    log_prob: Callable[[MemoryState], Array]  # mean log q(y | m), [B, G]
+    final: Callable[[MemoryState], dict[str, Array]]  # what is logged of the memories at the end
     num_options: int
 
 
-def reader_task(graphdef, params, kind: str, memory_config: MemoryConfig):
-    """(batch) -> TaskFns that let the fixed reader answer; questions are embedded once a batch."""
+def reader_task(
+    graphdef, params, kind: str, memory_config: MemoryConfig, retrieval: RetrievalConfig
+):
+    """(batch) -> TaskFns that let the fixed reader answer; questions are embedded once a batch.
+
+    At the end the first generation of each group is also searched top down, to log where it stops.
+    """
     if kind not in rewards.TASKS:
         raise ValueError(f"task must be one of {', '.join(rewards.TASKS)}, got {kind!r}")
 
@@ -92,7 +98,21 @@ def reader_task(graphdef, params, kind: str, memory_config: MemoryConfig):
             over_group = jax.vmap(one, in_axes=(0, None, None, None))
             return lambda states: jax.vmap(over_group)(states, asked, questions, without)
 
-        return TaskFns(score(kind), score("log_prob"), questions.options.shape[-2])
+        def stop_levels(states):
+            def one(state: MemoryState, a, q: QuestionBatch):
+                answer_fn = functools.partial(model.answer, reader_lib.project(state), a)
+                found = top_down(state, q.query, q.options, answer_fn=answer_fn, config=retrieval)
+                stops = jax.nn.one_hot(found.stop_level, len(LEVELS)) * q.valid[:, None]
+                return stops.sum(0) / jnp.maximum(q.valid.sum(), 1)
+
+            first = jax.tree.map(lambda x: x[:, 0], states)
+            shares = jax.vmap(one)(first, asked, questions).mean(0)
+            return {f"stop_{name}": shares[i] for i, name in enumerate(LEVELS)}
+
+        def final(states):
+            return {"log_prob": score("log_prob")(states), **stop_levels(states)}
+
+        return TaskFns(score(kind), final, questions.options.shape[-2])
 
     return make
 
@@ -165,7 +185,7 @@ def make_update(
             state.params,
             rng_key,
             task_fn=task.reward,
-            final_fn=task.log_prob,
+            final_fn=task.final,
             num_generations=config.num_generations,
             block_size=config.block_size,
             credit=config.credit,
@@ -223,7 +243,12 @@ def make_update(
         )
         metrics = _rollout_metrics(traj, terms, reward, adv, config)
         log_ratio, log_z = terms.log_ratio.sum(-1), objective.log_partition(ref.tokens, lam)
-        metrics["bound_relevance"] = objective.relevance_bound(traj.final, task.num_options, 1.0)
+        final = dict(traj.final)
+        log_prob_answer = final.pop("log_prob")
+        metrics |= final
+        metrics["bound_relevance"] = objective.relevance_bound(
+            log_prob_answer, task.num_options, jnp.ones_like(log_prob_answer)
+        )
         metrics["bound_rate"] = objective.rate_bound(log_ratio, traj.tokens, log_z, lam)
         metrics |= {name: x[-1] for name, x in inner_metrics.items()}
         metrics["ratio_first"] = jnp.maximum(

@@ -15,7 +15,7 @@ from mmmem_jax.errors import UserError
 LOG = logging.getLogger("mmmem_jax")
 
 # Depend on the machine, not on the run: two runs that agree may differ here.
-TIMINGS = ("seconds", "seconds_total", "steps_per_s", "decisions_per_s")
+TIMINGS = ("seconds_data", "seconds_update", "decisions_per_s")
 
 
 def read_metrics(path: Path) -> list[dict]:

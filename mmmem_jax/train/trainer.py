@@ -45,7 +45,7 @@ def fit(
     workdir: Path,
     config: dict,
     fit_config: FitConfig,
-    put_batch: Callable = lambda batch: batch,
+    put_batch: Callable = jax.device_put,
 ):
     """Runs `update_fn(state, batch) -> (state, metrics)` until `num_steps`, or resumes.
 
@@ -79,10 +79,14 @@ def fit(
     update = jax.jit(update_fn, donate_argnums=0)
     writer = MetricsWriter(workdir, phase, step)
     progress = Progress(phase, fit_config.num_steps, step)
-    window, since = [], time.monotonic()
+    window, since, loading = [], time.monotonic(), 0.0
     try:
         while step < fit_config.num_steps:
-            state, metrics = update(state, put_batch(next(loader)))
+            asked = time.monotonic()
+            batch = put_batch(next(loader))
+            loading += time.monotonic() - asked
+            with jax.transfer_guard("disallow"):
+                state, metrics = update(state, batch)
             step += 1
             window.append(metrics)
             progress.advance()
@@ -92,7 +96,8 @@ def fit(
             values = _mean_of(window)
             check_finite(phase, step, values, last_good)
             seconds = time.monotonic() - since
-            values["steps_per_s"] = len(window) / seconds
+            values["seconds_data"] = loading / len(window)
+            values["seconds_update"] = (seconds - loading) / len(window)
             if fit_config.decisions_per_step:
                 values["decisions_per_s"] = len(window) * fit_config.decisions_per_step / seconds
             writer.write(step, values)
@@ -100,7 +105,7 @@ def fit(
             if step % fit_config.save_every == 0 or last:
                 checkpoints.save(saved, step, state, loader.get_state(), config)
                 last_good = step
-            window, since = [], time.monotonic()
+            window, since, loading = [], time.monotonic(), 0.0
     finally:
         progress.close()
         writer.close()

@@ -231,7 +231,13 @@ def train_manager(
     optimizer = manager_optimizer(config)
     update = sib.make_update(
         graphdef,
-        sib.reader_task(reader_graphdef, reader_params, options.task, memory_config(config)),
+        sib.reader_task(
+            reader_graphdef,
+            reader_params,
+            options.task,
+            memory_config(config),
+            retrieval_config(config),
+        ),
         optimizer,
         memory_config(config),
         options,

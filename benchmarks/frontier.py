@@ -1,0 +1,60 @@
+"""Claim: the rate weight beta1 of eq. 10 trades accuracy for tokens held.
+
+    python benchmarks/frontier.py --workdir=RUN          # two short points
+    python benchmarks/frontier.py --workdir=RUN --full   # five points
+
+RUN is a finished run of configs/sib_grpo.py, whose eye and reader are used. Keys of the last line:
+points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats), num_steps.
+"""
+
+import shutil
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from benchmarks.learning import SHARED
+from mmmem_jax.evals import protocol, world_eval
+from mmmem_jax.train import checkpoints, world_job
+from mmmem_jax.train.metrics import read_metrics
+
+BETA1 = (0.0, 5e-4, 2e-3, 4e-3, 8e-3)
+
+
+def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_steps: int) -> dict:
+    """One point of the frontier: a manager trained at `beta1`, on held-out streams."""
+    config = ConfigDict(checkpoints.read_config(base))
+    config.sib.beta1 = beta1
+    config.manager.num_steps = num_steps
+    config.manager.save_every = num_steps
+    for phase in SHARED:
+        if not (workdir / "checkpoints" / phase).exists():
+            shutil.copytree(base / "checkpoints" / phase, workdir / "checkpoints" / phase)
+    world_job.run(config, workdir)
+    policy, _ = world_eval.load_learned(run._replace(config=config), workdir, None)
+    entry = protocol.summarise("learned", world_eval.evaluate(run, policy), run.streams)
+    last = [row for row in read_metrics(workdir / "metrics.jsonl") if row["phase"] == "manager"][-1]
+    return (
+        {"beta1": beta1}
+        | {key: entry[key] for key in ("tokens", "slots", "accuracy", "se")}
+        | {key: last[key] for key in ("bound_relevance", "bound_rate")}
+    )
+
+
+def main() -> None:
+    """Sweeps beta1 and prints the frontier."""
+    parser = common.make_parser(__doc__)
+    args = parser.parse_args()
+    base = common.workdir(args, "learning")
+    run = world_eval.load_run(base)
+    num_steps = 200 if args.full else 2 * run.config.manager.log_every
+    points = [
+        measure(run, base, base / "frontier" / f"{num_steps}_{beta1:g}", beta1, num_steps)
+        for beta1 in (BETA1 if args.full else BETA1[:2])
+    ]
+    result = {"points": points, "num_steps": num_steps}
+    common.emit("frontier", result, full=args.full, seeds=[run.config.seed])
+
+
+if __name__ == "__main__":
+    main()

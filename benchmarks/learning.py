@@ -1,0 +1,109 @@
+"""Claim: the learned manager beats every fixed rule at the same budget, and per-step credit beats
+one outcome per trajectory after equal updates.
+
+    python benchmarks/learning.py           # one seed of the smoke configuration, a minute or two
+    python benchmarks/learning.py --full    # three seeds of the default one, about an hour on 2 cores
+
+For each seed: the main job of configs/sib_grpo.py, the same with sib.credit = trajectory (and state)
+on the same eye and reader, and the evaluation of all policies on held-out streams. Keys of the last
+line: learned, best_rule, best_rule_name, unlimited, trajectory_credit, gap_closed, se (of each).
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import common
+from mmmem_jax.evals import protocol, table, world_eval
+from mmmem_jax.train import world_job
+
+SHARED = ("perception", "reader", world_job.CALIBRATED)
+
+
+def make_config(seed: int, credit: str, full: bool):
+    """The default configuration (smoke where quick) with a seed and a credit."""
+    config = common.load_config("sib_grpo", "" if full else "smoke")
+    config.seed = seed
+    config.sib.credit = credit
+    return config
+
+
+def train(root: Path, seed: int, credit: str, full: bool, base: Path | None) -> Path:
+    """A finished run in root/seed<n>/<credit>; eye and reader come from `base` where given."""
+    workdir = root / f"seed{seed}" / credit
+    if base is not None:
+        for phase in SHARED:
+            target = workdir / "checkpoints" / phase
+            if not target.exists():
+                partial = target.with_name(target.name + ".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(base / "checkpoints" / phase, partial)
+                partial.rename(target)
+    world_job.run(make_config(seed, credit, full), workdir)
+    return workdir
+
+
+def measure(root: Path, seed: int, credits: list[str], full: bool) -> dict:
+    """{policy or credit: {accuracy, se, n}} of one seed on held-out streams."""
+    base = train(root, seed, "step", full, None)
+    run = world_eval.load_run(base)
+    learned, _ = world_eval.load_learned(run, base, None)
+    entries, _ = world_eval.compare(run, base, learned)
+    keys = ("accuracy", "se", "tokens", "slots")
+    found = {entry["name"]: {key: entry[key] for key in keys} for entry in entries}
+    for credit in credits:
+        workdir = train(root, seed, credit, full, base)
+        policy, _ = world_eval.load_learned(run, workdir, None)
+        entry = protocol.summarise(credit, world_eval.evaluate(run, policy), run.streams)
+        found[f"{credit}_credit"] = {key: entry[key] for key in keys}
+    found["num_questions"] = int(run.streams.question_valid.sum())
+    return found
+
+
+def combine(seeds: list[dict]) -> dict:
+    """Means over seeds; the error adds sampling of questions and of seeds."""
+    out = {"per_seed": seeds, "num_questions": [s["num_questions"] for s in seeds]}
+    means, errors = {}, {}
+    for name in seeds[0]:
+        if name == "num_questions":
+            continue
+        accuracy = np.array([s[name]["accuracy"] for s in seeds])
+        within = np.mean([s[name]["se"] ** 2 for s in seeds]) / len(seeds)
+        between = np.var(accuracy, ddof=1) / len(seeds) if len(seeds) > 1 else 0.0
+        means[name], errors[name] = float(accuracy.mean()), float(np.sqrt(max(within, between)))
+    credits = {name for name in means if name.endswith("_credit")}
+    rules = [{"name": n, "accuracy": a} for n, a in means.items() if n not in credits]
+    best = table.best_rule({"policies": rules})
+    gap = means["unlimited"] - best["accuracy"]
+    return {
+        "learned": means["learned"],
+        "best_rule": best["accuracy"],
+        "best_rule_name": best["name"],
+        "unlimited": means["unlimited"],
+        **{name: means[name] for name in sorted(credits)},
+        "gap_closed": (means["learned"] - best["accuracy"]) / gap if gap else None,
+        "se": {
+            "learned": errors["learned"],
+            "best_rule": errors[best["name"]],
+            "unlimited": errors["unlimited"],
+            **{name: errors[name] for name in sorted(credits)},
+        },
+        "rules": {r["name"]: r["accuracy"] for r in rules if r["name"] != "learned"},
+        **out,
+    }
+
+
+def main() -> None:
+    """Trains, evaluates, prints."""
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--credits", default="trajectory", help="other credits, comma-separated")
+    args = parser.parse_args()
+    seeds = [0, 1, 2] if args.full else [0]
+    root = common.workdir(args, "learning")
+    found = [measure(root, seed, args.credits.split(","), args.full) for seed in seeds]
+    common.emit("learning", combine(found), full=args.full, seeds=seeds)
+
+
+if __name__ == "__main__":
+    main()
