@@ -1,13 +1,14 @@
 """Random streams, memories and questions: no meaning, but every case the memory has to take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from mmmem_jax import memory
-from mmmem_jax.memory.types import Item, MemoryConfig, MemoryState
-from mmmem_jax.policies import rules
+from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, Item, ManagerOutput, MemoryConfig, MemoryState
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -62,12 +63,25 @@ def random_items(
     )
 
 
+def random_decide(params, rng_key: jax.Array, state: MemoryState, item: Item) -> ManagerOutput:
+    """A policy of chance alone: ADD_NEW 0.45, MERGE 0.4, DISCARD 0.15, any strength in [0, 1)."""
+    draw, strength = jax.random.uniform(rng_key, (2,))
+    return ManagerOutput(
+        logits=jnp.zeros(3),
+        action=jnp.where(draw < 0.45, ADD_NEW, jnp.where(draw < 0.85, MERGE, DISCARD)),
+        log_prob=jnp.zeros(()),
+        strength=strength,
+        context=jnp.zeros(0),
+    )
+
+
+_scan = jax.jit(functools.partial(memory.scan, decide_fn=random_decide))
+
+
 def random_memory(seed: int, config: MemoryConfig, num_chunks: int = 64) -> MemoryState:
     """The memory of a random stream under random actions and strengths."""
-    decide_fn = rules.random_actions([0.5, 0.3, 0.2]).decide_fn
     items = random_items(seed, num_chunks, dim=config.dim)
-    run = jax.jit(lambda k, s, i: memory.scan(None, k, s, i, decide_fn=decide_fn)[0])
-    return run(jax.random.key(seed), memory.init(config), items)
+    return _scan(None, jax.random.key(seed), memory.init(config), items)[0]
 
 
 def random_questions(

@@ -1,6 +1,7 @@
 """The episodic stream against a plain reference, and its rules one by one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -267,9 +268,10 @@ class TestMerge:
 def test_a_reservoir_samples_time_uniformly():
     num_streams, length = 400, 32
     items = items_with(length)
-    decide_fn = rules.reservoir().decide_fn
-    run = jax.vmap(lambda k: memory.scan(None, k, memory.init(BASE), items, decide_fn=decide_fn)[0])
-    state = jax.jit(run)(jax.random.split(jax.random.key(0), num_streams))
+    params, init = rules.reservoir().params, memory.init(BASE)
+    scan = functools.partial(memory.scan, decide_fn=rules.decide)
+    run = jax.jit(jax.vmap(scan, in_axes=(None, 0, None, None)))
+    state, _ = run(params, jax.random.split(jax.random.key(0), num_streams), init, items)
     assert np.all(state.episodic.valid)
     kept = np.bincount(np.asarray(state.episodic.source[..., 0]).ravel(), minlength=length)
     expected = num_streams * BASE.episodic_slots / length

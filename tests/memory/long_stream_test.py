@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmmem_jax import memory
-from mmmem_jax.memory import Item, MemoryConfig
-from mmmem_jax.policies import rules
+from mmmem_jax.memory import ADD_NEW, MERGE, Item, ManagerOutput, MemoryConfig
 
 CONFIG = MemoryConfig(
     sensory_slots=4, episodic_slots=4, schema_slots=4, num_prototypes=1, num_relations=4, dim=8
@@ -25,13 +24,17 @@ def chunk(t) -> Item:
     )  # fmt: skip
 
 
-def test_a_million_chunks_in_constant_memory():
-    decide_fn = rules.surprise(1.0).decide_fn
+def by_change(params, key, state, item):
+    """Opens an episode where the stream changes much."""
+    action = jnp.where(item.change > 1.0, ADD_NEW, MERGE)
+    return ManagerOutput(jnp.zeros(3), action, jnp.zeros(()), item.change, jnp.zeros(0))
 
+
+def test_a_million_chunks_in_constant_memory():
     @jax.jit
     def segment(key, state, first):
         items = jax.vmap(chunk)(first + jnp.arange(SEGMENT))
-        return memory.scan(None, key, state, items, decide_fn=decide_fn)[0]
+        return memory.scan(None, key, state, items, decide_fn=by_change)[0]
 
     state = memory.init(CONFIG)
     layout = jax.tree.map(lambda x: (x.shape, x.dtype), state)

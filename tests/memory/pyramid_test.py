@@ -1,6 +1,7 @@
 """What holds of the memory after every step, whatever the stream and the policy do."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,14 +26,14 @@ CONFIGS = {
     "no_schema": dataclasses.replace(SMALL, schema_slots=0, num_relations=0),
 }
 NUM_STREAMS, NUM_CHUNKS = 6, 60
-DECIDE = rules.random_actions([0.45, 0.4, 0.15]).decide_fn
 
 
 def scan(key, state, items):
-    return memory.scan(None, key, state, items, decide_fn=DECIDE)
+    return memory.scan(None, key, state, items, decide_fn=toys.random_decide)
 
 
 jit_scan, jit_step = jax.jit(scan), jax.jit(memory.step)
+run_rule = jax.jit(functools.partial(memory.scan, decide_fn=rules.decide))
 
 
 class Run(NamedTuple):
@@ -217,9 +218,9 @@ class TestScan:
         items = toys.random_items(1, 24)
         key, state = jax.random.key(3), memory.init(SMALL)
         last, output = jit_scan(key, state, items)
-        # The rule's strengths are its second draw; `step` is given the same.
-        draws = jax.vmap(lambda t: DECIDE(None, jax.random.fold_in(key, t), state, None))
-        strength = draws(jnp.arange(24)).strength
+        # `step` is given the strengths that the policy drew.
+        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(24))
+        strength = jax.vmap(lambda k: jax.random.uniform(k, (2,))[1])(keys)
         for t in range(24):
             item = jax.tree.map(lambda x, t=t: x[t], items)
             state = jit_step(state, item, output.action[t], strength[t])
@@ -277,15 +278,10 @@ class TestEdges:
         items = jax.tree.map(lambda x: jnp.repeat(x, 16, axis=0), first)
         span = jnp.stack([jnp.arange(16.0), jnp.arange(1.0, 17.0)], axis=1)
         items = items.replace(span=span, change=jnp.zeros(16).at[0].set(1.0))
-        found = {
-            rule.name: rule
-            for rule in rules.fixed_rules(
-                16, 4, similarity=0.8, surprise_change=0.5, half_life=60.0
-            )
-        }
-        rule = found[name]
-        state, _ = jax.jit(lambda k, s, i: memory.scan(None, k, s, i, decide_fn=rule.decide_fn))(
-            jax.random.key(0), memory.init(rule.configure(SMALL)), items
+        found = rules.fixed_rules(16, 4, similarity=0.8, surprise_change=0.5, half_life=60.0)
+        (rule,) = (rule for rule in found if rule.name == name)
+        state, _ = run_rule(
+            rule.params, jax.random.key(0), memory.init(rule.configure(SMALL)), items
         )
         merged = name in ("similarity_merge", "surprise")
         assert int(state.episodic.valid.sum()) == (1 if merged else 4)

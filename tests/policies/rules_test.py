@@ -1,6 +1,7 @@
 """Every fixed rule behind the learned manager's signature, on the same budget."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ T, SLOTS, B = 24, 4, 3
 CONFIG = MemoryConfig(
     sensory_slots=3, episodic_slots=SLOTS, schema_slots=0, num_relations=0, num_prototypes=1, dim=8
 )
+KEY = jax.random.key(0)
 RULES = {
     rule.name: rule
     for rule in [
@@ -26,44 +28,39 @@ RULES = {
 }
 
 
-def run(rule, items, config=CONFIG, key=None):
-    """The rule over streams [B, T] in one program."""
-    keys = jax.random.split(jax.random.key(0) if key is None else key, len(items.valid))
+@jax.jit
+def run_together(params, keys, init, items):
+    """All rules over all streams in one program: params [R, ...], keys [B], items [B, T]."""
+    over_time = functools.partial(memory.scan, decide_fn=rules.decide)
+    over_streams = jax.vmap(over_time, in_axes=(None, 0, None, 0))
+    return jax.vmap(over_streams, in_axes=(0, None, None, None))(params, keys, init, items)
 
-    def one(key, stream):
-        state = memory.init(rule.configure(config))
-        return memory.scan(None, key, state, stream, decide_fn=rule.decide_fn)
 
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(keys, items))
+def run_all(config):
+    """{name: (state, output)} of all rules; those of one configuration run together."""
+    found, keys = {}, jax.random.split(jax.random.key(0), B)
+    for changes in ({}, {"merge_target": "nearest"}):
+        group = [rule for rule in RULES.values() if rule.changes == changes]
+        params = jax.tree.map(lambda *x: jnp.stack(x), *(rule.params for rule in group))
+        init = memory.init(group[0].configure(config))
+        out = jax.tree.map(np.asarray, run_together(params, keys, init, batch()))
+        for i, rule in enumerate(group):
+            found[rule.name] = jax.tree.map(lambda x, i=i: x[i], out)
+    assert set(found) == set(RULES)
+    return found
+
+
+def run(rule, items, config=CONFIG, seed=0):
+    """One rule over streams [B, T]."""
+    keys = jax.random.split(jax.random.key(seed), len(items.valid))
+    params = jax.tree.map(lambda x: x[None], rule.params)
+    out = run_together(params, keys, memory.init(rule.configure(config)), items)
+    return jax.tree.map(lambda x: np.asarray(x[0]), out)
 
 
 def batch(**fields):
     items = [toys.random_items(seed, T) for seed in range(B)]
     return jax.tree.map(lambda *x: jnp.stack(x), *items).replace(**fields)
-
-
-def run_all(config):
-    """{name: (state, output)} of all rules; those of one configuration share a program."""
-    found, items = {}, batch()
-    for changes in ({}, {"merge_target": "nearest"}):
-        group = [rule for rule in RULES.values() if rule.changes == changes]
-        decide_fns = [rule.decide_fn for rule in group]
-        empty = memory.init(group[0].configure(config))
-
-        def choose(params, key, state, item, decide_fns=decide_fns):
-            return jax.lax.switch(params, decide_fns, None, key, state, item)
-
-        def one(which, key, stream, choose=choose, empty=empty):
-            return memory.scan(which, key, empty, stream, decide_fn=choose)
-
-        over_streams = jax.vmap(one, in_axes=(None, 0, 0))
-        over_rules = jax.jit(jax.vmap(over_streams, in_axes=(0, None, None)))
-        keys = jax.random.split(jax.random.key(0), B)
-        out = jax.tree.map(np.asarray, over_rules(jnp.arange(len(group)), keys, items))
-        for i, rule in enumerate(group):
-            found[rule.name] = jax.tree.map(lambda x, i=i: x[i], out)
-    assert set(found) == set(RULES)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +133,12 @@ def test_uniform_keeps_evenly_spaced_chunks(results):
 
 @pytest.mark.parametrize(("chunks", "slots"), [(24, 4), (24, 5), (24, 24), (7, 3), (3, 4)])
 def test_uniform_keeps_as_many_as_fit(chunks, slots):
-    decide_fn = rules.uniform(chunks, slots).decide_fn
+    params = rules.uniform(chunks, slots).params
     state = memory.init(CONFIG)
     item = jax.tree.map(lambda x: x[0], toys.random_items(0, 1))
 
     def action(t):
-        return decide_fn(None, None, state.replace(num_items=t), item).action
+        return rules.decide(params, KEY, state.replace(num_items=t), item).action
 
     times = np.flatnonzero(np.asarray(jax.vmap(action)(jnp.arange(chunks))) == ADD_NEW)
     assert len(times) == min(chunks, slots)
@@ -160,7 +157,7 @@ def test_uniform_merge_covers_the_stream_in_equal_parts(results):
 def test_reservoir_draws_anew_for_every_stream(results):
     state, _ = results["reservoir"]
     assert kept(state, 0) != kept(state, 1)
-    other, _ = run(RULES["reservoir"], batch(), key=jax.random.key(9))
+    other, _ = run(RULES["reservoir"], batch(), seed=9)
     assert kept(state, 0) != kept(other, 0)
 
 
@@ -200,7 +197,7 @@ def test_forgetting_curve_weighs_salience_against_age():
     def strength(change, end):
         span = jnp.array([end - 1.0, end])
         return float(
-            rule.decide_fn(None, None, state, item.replace(change=change, span=span)).strength
+            rules.decide(rule.params, KEY, state, item.replace(change=change, span=span)).strength
         )
 
     strong = strength(jnp.asarray(1.59), 10.0)
@@ -208,10 +205,16 @@ def test_forgetting_curve_weighs_salience_against_age():
     assert strong < strength(jnp.asarray(0.09), 51.0)
 
 
+def test_an_unknown_constant_is_refused():
+    with pytest.raises(ValueError, match=r"no constant \['treshold'\]"):
+        rules._rule("surprise", treshold=1.0)
+
+
 def test_random_actions_follow_their_probabilities():
-    decide_fn = rules.random_actions([0.6, 0.4, 0.0]).decide_fn
+    params, state = rules.random_actions([0.6, 0.4, 0.0]).params, memory.init(CONFIG)
+    item = jax.tree.map(lambda x: x[0], toys.random_items(0, 1))
     keys = jax.random.split(jax.random.key(0), 2000)
-    decisions = jax.vmap(lambda k: decide_fn(None, k, None, None))(keys)
+    decisions = jax.vmap(lambda k: rules.decide(params, k, state, item))(keys)
     share = np.bincount(decisions.action, minlength=3) / 2000
     np.testing.assert_allclose(share, [0.6, 0.4, 0.0], atol=0.04)
     assert abs(np.corrcoef(decisions.action, decisions.strength)[0, 1]) < 0.08
