@@ -1,6 +1,7 @@
 """Orbax checkpoints: state, Grain position and config of a step, saved together or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +13,16 @@ Json = dict
 
 
 def open_checkpoints(folder: Path, *, keep: int = 2) -> ocp.training.Checkpointer:
-    """The checkpoints of a phase. A save cut short never counts: Orbax renames finished ones."""
+    """The checkpoints of a phase, for the one process that writes; what a kill left is removed.
+
+    Orbax renames a save when it is whole, so one cut short never counts.
+    """
+    folder = folder.resolve()
+    if folder.is_dir():
+        for unfinished in set(_step_folders(folder)) - set(_finished(folder)):
+            shutil.rmtree(unfinished)
     return ocp.training.Checkpointer(
-        folder.resolve(),
+        folder,
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         cleanup_tmp_directories=True,
     )
@@ -27,27 +35,39 @@ def save(checkpoints, step: int, state, data_state: Json, config: Json) -> None:
     )
 
 
-def restore(checkpoints, state, step: int | None = None):
+def load(folder: Path, state, step: int | None = None):
     """(state, data_state, step) of a checkpoint, the newest by default; None if there is none.
 
-    `state` gives shapes, dtypes and shardings.
+    `state` gives shapes, dtypes and shardings. Only reads, so a run may be writing meanwhile.
     """
-    latest = checkpoints.latest
-    if latest is None:
+    found = steps(folder)
+    if not found:
         return None
-    step = latest.step if step is None else step
+    step = found[-1] if step is None else step
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    loaded = checkpoints.load_checkpointables(step, {"state": abstract, "data": None})
+    path = folder.resolve() / str(step)
+    loaded = ocp.load_checkpointables(path, {"state": abstract, "data": None})
     return loaded["state"], loaded["data"], step
+
+
+def restore(checkpoints, state, step: int | None = None):
+    """`load` from open checkpoints."""
+    return load(Path(checkpoints.directory), state, step)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
+
+
+def _finished(folder: Path) -> list[Path]:
+    return [p for p in _step_folders(folder) if (p / "commit_success.txt").is_file()]
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints in a folder, in order; none if there is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in _finished(folder)) if folder.is_dir() else []
 
 
 def flatten(config: Json, prefix: str = "") -> dict[str, object]:

@@ -66,16 +66,16 @@ def fit(
     Raises:
       UserError: if a metric is not finite.
     """
-    saved = checkpoints.open_checkpoints(workdir / "checkpoints" / phase)
-    restored = checkpoints.restore(saved, state)
+    folder = workdir / "checkpoints" / phase
+    restored = checkpoints.load(folder, state)
     step, last_good = 0, None
     if restored is not None:
         state, data_state, step = restored
         loader.set_state(data_state)
         last_good = step
     if step >= fit_config.num_steps:
-        saved.close()
         return state
+    saved = checkpoints.open_checkpoints(folder)
     update = jax.jit(update_fn, donate_argnums=0)
     writer = MetricsWriter(workdir, phase, step)
     progress = Progress(phase, fit_config.num_steps, step)

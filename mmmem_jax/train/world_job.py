@@ -106,16 +106,12 @@ def _load(workdir: Path, phase: str, state, step: int | None = None):
     folder = workdir / "checkpoints" / phase
     found = checkpoints.steps(folder)
     if not found or (step is not None and step not in found):
-        wanted = "a checkpoint" if step is None else f"step {step}"
+        wanted = "checkpoint" if step is None else f"step {step}"
         raise UserError(
             f"{folder} has no {wanted} (steps there: {found or 'none'}); "
             f"run mmmem_jax.main with --workdir={workdir} first"
         )
-    saved = checkpoints.open_checkpoints(folder)
-    try:
-        state, _, step = checkpoints.restore(saved, state, step)
-    finally:
-        saved.close()
+    state, _, step = checkpoints.load(folder, state, step)
     return state, step
 
 
