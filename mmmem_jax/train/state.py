@@ -40,7 +40,7 @@ def make_update(loss_fn: Callable, optimizer: optax.GradientTransformation) -> C
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, step_key(state), batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return update
