@@ -1,0 +1,189 @@
+"""Decisions a second: the in-graph rollout against the released code's way of stepping a policy.
+
+Claim: with the same manager network and the same memory, all streams of a batch rolled out in one
+jitted program take at least 100 times as many decisions a second as an eager PyTorch policy that
+goes one step at a time through one stream at a time (`torch_stepper.py`), on this machine. Both
+first have to take the same actions on the same streams with the same noise.
+
+    python benchmarks/throughput.py [--full]
+
+Needs PyTorch: pip install 'mmmem_jax[benchmark]'. One minute, or three with --full.
+Keys: jax, torch, ratio (decisions/s); jax_training counts the whole SIB-GRPO update (rollout,
+reader, gradient steps); same_actions is the share of actions that agree.
+"""
+
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import common
+from mmmem_jax import memory
+from mmmem_jax.data import encoded
+from mmmem_jax.errors import UserError
+from mmmem_jax.policies import manager
+from mmmem_jax.sib import update as sib
+from mmmem_jax.sib.rollout import group_keys
+from mmmem_jax.train import world_job
+
+SEED = 0
+
+
+def sharp_manager(config) -> manager.Manager:
+    """The untrained manager with a random last layer in place of zeros, so that actions vary."""
+    model = world_job.make_models(config).manager
+    kernel = model.out.kernel
+    kernel[...] = 0.5 * jax.random.normal(jax.random.key(SEED), kernel.shape)
+    return model
+
+
+def jax_rollout(config, model):
+    """(rng_key, items [B, T]) -> (states, outputs) of B x G streams that sample their actions."""
+    graphdef, params = nnx.split(model)
+    decide_fn = manager.make_decide_fn(graphdef)
+    start = memory.init(world_job.memory_config(config))
+
+    @jax.jit
+    def rollout(rng_key, items):
+        keys = group_keys(rng_key, len(items.valid), config.sib.num_generations)
+
+        def one(key, stream):
+            return memory.scan(params, key, start, stream, decide_fn=decide_fn)
+
+        return jax.vmap(jax.vmap(one, in_axes=(0, None)))(keys, items)
+
+    return rollout
+
+
+def draws(rng_key, num_chunks: int) -> np.ndarray:
+    """Gumbel noise [T, 3] by which `memory.scan` samples with this key from an empty memory."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, rng_key))(jnp.arange(num_chunks))
+    return np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (3,)))(keys))
+
+
+def torch_weights(torch, model) -> dict:
+    """The manager's parameters as PyTorch stores them, kernels transposed."""
+    return {
+        f"{layer}.{name}": torch.tensor(np.asarray(getattr(getattr(model, layer), name)[...]).T)
+        for layer in ("item", "context", "mid", "out")
+        for name in ("kernel", "bias")
+        if getattr(getattr(model, layer), name, None) is not None
+    }
+
+
+def same_actions(torch, stepper, weights, memory_config, items, rollout, rng_key) -> float:
+    """Share of actions of generation 0 that both take; the memories must then be equal too."""
+    states, outputs = jax.device_get(rollout(rng_key, items))
+    keys = group_keys(rng_key, len(items.valid), 1)[:, 0]
+    shares = []
+    for b in range(len(items.valid)):
+        chunks = stepper.make_chunks(jax.tree.map(lambda x, b=b: np.asarray(x[b]), items))
+        other = stepper.TorchMemory(weights, memory_config)
+        noise = torch.tensor(draws(keys[b], len(chunks)))
+        actions, logits = zip(
+            *(other.step(*x) for x in zip(chunks, noise, strict=True)), strict=True
+        )
+        shares.append(np.mean(np.array(actions) == outputs.action[b, 0]))
+        if shares[-1] == 1.0:
+            ours = jax.tree.map(lambda x, b=b: x[b, 0], states)
+            pairs = (
+                (torch.stack(logits), outputs.logits[b, 0]),
+                (other.text, ours.episodic.text),
+                (other.prototypes, ours.episodic.prototypes),
+                (other.told, ours.sensory.text),
+                (other.gloss, ours.schema.gloss),
+                (other.grounding, ours.schema.grounding),
+            )
+            for theirs, mine in pairs:
+                np.testing.assert_allclose(theirs.numpy(), mine, atol=1e-3)
+    return float(np.mean(shares))
+
+
+def time_torch(torch, stepper, weights, memory_config, chunks, num_threads: int) -> float:
+    """Decisions a second through one stream."""
+    torch.set_num_threads(num_threads)
+    started = time.perf_counter()
+    state = stepper.TorchMemory(weights, memory_config)
+    noise = -torch.log(-torch.log(torch.rand(len(chunks), 3)))
+    for chunk, draw in zip(chunks, noise, strict=True):
+        state.step(chunk, draw)
+    return len(chunks) / (time.perf_counter() - started)
+
+
+def time_jax(run, *args, decisions: int) -> float:
+    """Decisions a second of one compiled call."""
+    started = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    return decisions / (time.perf_counter() - started)
+
+
+def training(config, model, batch):
+    """A compiled SIB-GRPO update of this batch, and its arguments."""
+    graphdef, _ = nnx.split(model)
+    reader_graphdef, reader_params = nnx.split(world_job.make_models(config).reader)
+    optimizer = world_job.manager_optimizer(config)
+    memory_config, options = world_job.memory_config(config), sib.SibConfig(**config.sib)
+    retrieval = world_job.retrieval_config(config)
+    task = sib.reader_task(reader_graphdef, reader_params, options.task, memory_config, retrieval)
+    update = sib.make_update(graphdef, task, optimizer, memory_config, options)
+    return jax.jit(update), (sib.init_state(model, optimizer, jax.random.key(SEED)), batch)
+
+
+def measure(full: bool, workdir: Path) -> dict:
+    """Both rates from rounds that take turns, so that a busy moment of the machine meets both."""
+    del workdir
+    try:
+        import torch
+
+        from benchmarks import torch_stepper
+    except ImportError as error:
+        raise UserError(f"{error}; pip install 'mmmem_jax[benchmark]' first") from None
+    config = common.make_config(full)
+    memory_config, model = world_job.memory_config(config), sharp_manager(config)
+    eye = world_job.make_models(config).eye
+    made = world_job.make_streams(config, "test", config.manager.batch_size)
+    streams = world_job.encode_streams(eye, made, config.dim)
+    items = encoded.to_items(streams)
+    rollout, rng_key = jax_rollout(config, model), jax.random.key(SEED)
+    update, arguments = training(config, model, streams)
+    decisions = items.valid.size * config.sib.num_generations
+    stepper, rates = torch_stepper, {"jax": [], "jax_training": [], "torch_1": [], "torch_2": []}
+    with torch.inference_mode():
+        weights = torch_weights(torch, model)
+        common_args = (torch, stepper, weights, memory_config)
+        agree = same_actions(*common_args, items, rollout, rng_key)
+        time_jax(update, *arguments, decisions=decisions)  # compiles
+        for i in range(20 if full else 3):
+            for _ in range(3):
+                rates["jax"].append(time_jax(rollout, rng_key, items, decisions=decisions))
+            rates["jax_training"].append(time_jax(update, *arguments, decisions=decisions))
+            stream = jax.tree.map(lambda x, i=i: np.asarray(x[i % len(x)]), items)
+            chunks = stepper.make_chunks(stream)
+            for n in (1, 2):
+                rates[f"torch_{n}"].append(time_torch(*common_args, chunks, n))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    best = max(median["torch_1"], median["torch_2"])
+    return {
+        "jax": median["jax"],
+        "torch": best,
+        "ratio": median["jax"] / best,
+        "jax_training": median["jax_training"],
+        "same_actions": agree,
+        "torch_threads": 1 if best == median["torch_1"] else 2,
+        "streams_at_once": decisions // config.world.num_chunks,
+        "quartiles": {k: np.quantile(v, (0.25, 0.75)).tolist() for k, v in rates.items()},
+        "torch_version": torch.__version__,
+        "seeds": [SEED, config.seed],
+    }
+
+
+if __name__ == "__main__":
+    common.run("throughput", __doc__, measure)
