@@ -1,0 +1,241 @@
+"""A whole update on a toy task: keep the chunks that carry a mark."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mmmem_jax.data import encoded
+from mmmem_jax.data.encoded import EncodedStream
+from mmmem_jax.memory import MemoryConfig
+from mmmem_jax.models.reader import Reader
+from mmmem_jax.policies.manager import Manager
+from mmmem_jax.retrieval.top_down import RetrievalConfig
+from mmmem_jax.sib.update import SibConfig, TaskFns, init_state, make_update, reader_task
+from mmmem_jax.testing import toys
+from mmmem_jax.train.sharding import make_mesh, make_shard, put_batch, replicate
+
+SLOTS, D, T, B = 4, 8, 16, 4
+CONFIG = MemoryConfig(
+    sensory_slots=1, episodic_slots=SLOTS, schema_slots=0, num_relations=0, num_prototypes=1, dim=D
+)
+SIB = SibConfig(num_generations=8, block_size=2, beta1=0.0)
+
+
+def make_batch(seed, num_streams=B, num_chunks=T, marks=SLOTS) -> EncodedStream:
+    """Streams in which `marks` chunks have a text that starts with 1; two questions each."""
+    rng = np.random.default_rng(seed)
+
+    def stream():
+        text = rng.normal(size=(num_chunks, D)) * 0.3
+        text[:, 0] = 0
+        text[rng.permutation(num_chunks)[:marks], 0] = 1
+        start = np.arange(num_chunks, dtype=np.float32)
+        query, options = toys.random_questions(int(rng.integers(99)), 2, 4, D)
+        half = np.float16
+        return EncodedStream(
+            visual=(rng.normal(size=(num_chunks, D)) * 0.3).astype(half),
+            coarse=np.zeros((num_chunks, D), half),
+            text=text.astype(half),
+            span=np.stack([start, start + 1], 1),
+            tokens=rng.integers(1, 9, num_chunks).astype(np.int32),
+            mention=np.zeros((num_chunks, 0, D), half),
+            mention_valid=np.zeros((num_chunks, 0), bool),
+            change=rng.random(num_chunks).astype(np.float32),
+            relation=np.full(num_chunks, -1, np.int32),
+            valid=np.ones(num_chunks, bool),
+            relevant=text[:, 0] > 0,
+            query=np.asarray(query, half),
+            options=np.asarray(options, half),
+            answer=rng.integers(4, size=2).astype(np.int32),
+            family=np.zeros(2, np.int32),
+            evidence=np.full((2, 1), -1, np.int32),
+            query_time=np.full(2, num_chunks, np.float32),
+            question_valid=np.ones(2, bool),
+        )
+
+    return encoded.stack([stream() for _ in range(num_streams)])
+
+
+def marks_kept(batch) -> TaskFns:
+    """Share of the slots that hold a mark."""
+
+    def reward(states):
+        held = states.episodic.valid & (states.episodic.text[..., 0] > 0.75)
+        return held.mean(-1)
+
+    return TaskFns(reward, lambda states: {"log_prob": jnp.log(0.25 + 0.5 * reward(states))}, 4)
+
+
+def start(config=SIB, make_task=marks_kept, rate=0.01, shard=lambda x: x):
+    """An untrained manager and the compiled update."""
+    model, optimizer = Manager(D, hidden=16, rngs=nnx.Rngs(0)), optax.adam(rate)
+    graphdef = nnx.graphdef(model)
+    update = make_update(graphdef, make_task, optimizer, CONFIG, config, shard=shard)
+    return init_state(model, optimizer, jax.random.key(0)), jax.jit(update)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_updates():
+    """States and metrics of two updates from an untrained manager."""
+    state, update = start()
+    first, metrics = update(state, make_batch(0))
+    second, metrics2 = update(first, make_batch(1))
+    return (state, first, second), (metrics, metrics2), update
+
+
+class TestUpdate:
+    def test_ratios_start_at_one_and_move(self, two_updates):
+        for metrics in two_updates[1]:
+            assert float(metrics["ratio_first"]) == pytest.approx(1, abs=1e-5)
+            assert metrics["ratio_max"] > 1.0001
+            assert metrics["ratio_min"] < 0.9999
+
+    def test_counts_and_leaves_the_reference_alone(self, two_updates):
+        (state, first, second), _, _ = two_updates
+        assert [int(s.step) for s in (state, first, second)] == [0, 1, 2]
+        assert same(state.ref_params, second.ref_params)
+        assert same(state.rng, second.rng)
+        assert not same(state.params, first.params)
+        assert not same(first.params, second.params)
+
+    def test_again_is_the_same_to_the_bit(self, two_updates):
+        (state, first, _), (metrics, _), update = two_updates
+        again, metrics_again = update(state, make_batch(0))
+        assert same(again, first)
+        assert same(metrics_again, metrics)
+
+    def test_each_step_draws_anew(self, two_updates):
+        (state, first, _), _, update = two_updates
+        later = state.replace(step=jnp.asarray(5, jnp.int32))
+        other, _ = update(later, make_batch(0))
+        assert not same(other.params, first.params)
+
+    def test_metrics_are_finite_and_add_up(self, two_updates):
+        for metrics in two_updates[1]:
+            assert all(np.all(np.isfinite(x)) for x in metrics.values())
+            m = {k: float(v) for k, v in metrics.items()}
+            assert m["share_add"] + m["share_merge"] + m["share_discard"] == pytest.approx(1)
+            parts = m["reward_task"] + m["reward_length_weighted"] + m["reward_log_ratio_weighted"]
+            assert m["reward"] == pytest.approx(parts, abs=1e-6)
+            assert m["reward_task"] == pytest.approx(m["task_reward"], abs=1e-6)
+            assert m["reward_length"] == pytest.approx(m["tokens_held"], rel=1e-5)
+            assert m["reward_log_ratio_weighted"] == pytest.approx(
+                -SIB.beta2 * m["reward_log_ratio"], rel=1e-4, abs=1e-9
+            )
+            assert 0 < m["slots_held"] <= SLOTS
+            assert 0 < m["compression"] < 1
+            assert 0 <= m["zero_std_share"] < 1
+            assert not m["collapse_add"]
+
+    def test_an_untrained_manager_is_its_reference(self, two_updates):
+        first, second = two_updates[1]
+        assert float(first["reward_log_ratio"]) == pytest.approx(0, abs=1e-4)
+        assert abs(float(second["reward_log_ratio"])) > 1e-3
+        # The rate of the reference is that of its prior: log Z + lambda |m| >= 0 by Jensen.
+        assert float(first["bound_rate"]) >= -1e-4
+
+    def test_relevance_bound_is_a_mean(self, two_updates):
+        for metrics in two_updates[1]:
+            assert np.log(4) + np.log(0.25) <= float(metrics["bound_relevance"]) < np.log(4)
+
+    @pytest.mark.parametrize(("name", "kind"), [("add", 0), ("merge", 1), ("discard", 2)])
+    def test_collapse_is_alarmed(self, two_updates, name, kind):
+        (state, *_), _, update = two_updates
+        params = jax.tree.map(jnp.copy, state.params)
+        params["out"]["bias"][...] = 20.0 * jax.nn.one_hot(kind, 3)
+        _, metrics = update(state.replace(params=params), make_batch(0))
+        alarms = {k: int(v) for k, v in metrics.items() if k.startswith("collapse")}
+        assert alarms == {f"collapse_{k}": int(k == name) for k in ("add", "merge", "discard")}
+
+
+def test_padding_is_never_learned_from(two_updates):
+    """Streams that end early: what the padding holds changes nothing."""
+    (state, *_), _, update = two_updates
+    batch = make_batch(0)
+    valid = np.arange(T) < 12
+    batch = batch._replace(valid=np.tile(valid, (B, 1)))
+    junk = batch._replace(text=np.where(valid[None, :, None], batch.text, np.float16(7)))
+    for x, y in zip(
+        *(jax.tree.leaves(update(state, b)[0].params) for b in (batch, junk)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def learn(config, num_updates):
+    """Task reward and tokens held, at the first update and over the last ten."""
+    state, update = start(config, rate=0.02)
+    reward, tokens = [], []
+    for seed in range(num_updates):
+        state, metrics = update(state, make_batch(seed, num_streams=8))
+        assert float(metrics["ratio_first"]) == pytest.approx(1, abs=2e-5)
+        reward.append(float(metrics["task_reward"]))
+        tokens.append(float(metrics["tokens_held"]))
+    return (reward[0], np.mean(reward[-10:])), (tokens[0], np.mean(tokens[-10:]))
+
+
+@pytest.mark.parametrize(
+    ("credit", "ratio", "bar"),
+    [
+        ("step", "length_normalised", 0.85),
+        ("state", "length_normalised", 0.7),
+        ("trajectory", "sequence", 0.75),
+    ],
+)
+def test_learns_what_to_keep(credit, ratio, bar):
+    config = SibConfig(
+        credit=credit, ratio=ratio, std="group", block_size=2, num_generations=16, beta1=0.0
+    )
+    # Every update meets streams it has not seen.
+    (first, last), _ = learn(config, 40)
+    assert first < 0.25  # as much as the newest chunks hold, of which a quarter is marked
+    assert last > bar
+
+
+def test_a_price_on_tokens_shortens_memories():
+    # A node costs about 0.9 and gains at most 0.25.
+    config = SibConfig(beta1=0.2, std="group", block_size=2, num_generations=16)
+    _, (first, last) = learn(config, 20)
+    assert last < 0.4 * first
+
+
+def test_with_the_reader_as_judge():
+    kind = "log_gain"
+    graphdef, params = nnx.split(Reader(D, hidden=8, rngs=nnx.Rngs(1)))
+    retrieval = RetrievalConfig(rounds=(1, 1, 1))
+    state, update = start(
+        SibConfig(num_generations=4, block_size=8, task=kind),
+        make_task=reader_task(graphdef, params, kind, CONFIG, retrieval),
+    )
+    batch = make_batch(0)
+    batch = batch._replace(question_valid=np.arange(B)[:, None] > [0, 0])  # one has no question
+    state, metrics = update(state, batch)
+    assert all(np.all(np.isfinite(x)) for x in metrics.values())
+    assert float(metrics["ratio_first"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task must be one of accuracy, .* got 'bleu'"):
+        reader_task(None, None, "bleu", CONFIG, RetrievalConfig())
+
+
+def test_eight_devices_equal_one(two_updates):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = make_mesh(4, 2)
+    (_, _, state), (_, metrics), _ = two_updates
+    sharded_state, update = start(shard=make_shard(mesh))
+    sharded_state = replicate(mesh, sharded_state)
+    for seed in range(2):
+        sharded_state, sharded = update(sharded_state, put_batch(mesh, make_batch(seed)))
+    assert len(jax.tree.leaves(sharded_state.params)[0].sharding.device_set) == 8
+    for x, y in zip(*map(jax.tree.leaves, (state, sharded_state)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], sharded[name], atol=1e-4, err_msg=name)
