@@ -1,4 +1,4 @@
-"""Claim: the rate weight beta1 of eq. 10 trades accuracy for tokens held.
+"""The rate weight beta1 of eq. 10 trades accuracy for tokens held: the rate-accuracy frontier.
 
     python benchmarks/frontier.py --workdir=RUN          # two short points
     python benchmarks/frontier.py --workdir=RUN --full   # five points
@@ -8,12 +8,16 @@ points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats
 """
 
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from ml_collections import ConfigDict
 
 from benchmarks import common
 from benchmarks.learning import SHARED
+from mmmem_jax import flags
 from mmmem_jax.evals import protocol, world_eval
 from mmmem_jax.train import checkpoints, world_job
 from mmmem_jax.train.metrics import read_metrics
@@ -45,6 +49,7 @@ def main() -> None:
     """Sweeps beta1 and prints the frontier."""
     parser = common.make_parser(__doc__)
     args = parser.parse_args()
+    flags.log_plainly()
     base = common.workdir(args, "learning")
     run = world_eval.load_run(base)
     num_steps = 200 if args.full else 2 * run.config.manager.log_every

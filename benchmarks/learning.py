@@ -1,5 +1,5 @@
-"""Claim: the learned manager beats every fixed rule at the same budget, and per-step credit beats
-one outcome per trajectory after equal updates.
+"""The learned manager beside every fixed rule at the same budget, and credit per step beside one
+outcome per trajectory after equal updates.
 
     python benchmarks/learning.py           # one seed of the smoke configuration, a minute or two
     python benchmarks/learning.py --full    # three seeds of the default one, about an hour on 2 cores
@@ -10,11 +10,15 @@ line: learned, best_rule, best_rule_name, unlimited, trajectory_credit, gap_clos
 """
 
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 from benchmarks import common
+from mmmem_jax import flags
 from mmmem_jax.evals import protocol, table, world_eval
 from mmmem_jax.train import world_job
 
@@ -23,7 +27,7 @@ SHARED = ("perception", "reader", world_job.CALIBRATED)
 
 def make_config(seed: int, credit: str, full: bool):
     """The default configuration (smoke where quick) with a seed and a credit."""
-    config = common.load_config("sib_grpo", "" if full else "smoke")
+    config = common.make_config(full)
     config.seed = seed
     config.sib.credit = credit
     return config
@@ -99,6 +103,7 @@ def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--credits", default="trajectory", help="other credits, comma-separated")
     args = parser.parse_args()
+    flags.log_plainly()
     seeds = [0, 1, 2] if args.full else [0]
     root = common.workdir(args, "learning")
     found = [measure(root, seed, args.credits.split(","), args.full) for seed in seeds]

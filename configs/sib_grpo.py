@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.world = ml_collections.ConfigDict({"num_chunks": 256, "questions_per_family": 8})
     config.memory = ml_collections.ConfigDict(
-        {"sensory_slots": 24, "episodic_slots": 24, "schema_slots": 24, "num_prototypes": 2}
+        {"sensory_slots": 32, "episodic_slots": 32, "schema_slots": 32, "num_prototypes": 2}
     )
     config.streams = ml_collections.ConfigDict(
         {"perception": 48, "train": 512, "validation": 48, "test": 48}
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "learning_rate": 4e-3, "hidden": 64, "log_every": 100, "save_every": 500}
     )  # fmt: skip
     config.manager = ml_collections.ConfigDict(
-        {"num_steps": 600, "batch_size": 16, "questions_per_stream": 16, "learning_rate": 2e-3,
+        {"num_steps": 800, "batch_size": 16, "questions_per_stream": 16, "learning_rate": 2e-3,
          "hidden": 64, "log_every": 20, "save_every": 100}
     )  # fmt: skip
     config.sib = ml_collections.ConfigDict(
@@ -47,10 +47,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "entropy_bonus": 0.003}
     )  # fmt: skip
     config.retrieval = ml_collections.ConfigDict(
-        {"top_k": (5, 2, 1), "rounds": (1, 4, 4), "confidence": 0.8, "epsilon": 0.01,
-         "patience": 3}
+        {"top_k": (5, 2, 1), "rounds": (1, 4, 3), "confidence": 0.8, "epsilon": 0.01,
+         "patience": 5}
     )  # fmt: skip
-    config.eval = ml_collections.ConfigDict({"batch_size": 16, "slots": (6, 12, 48)})
+    config.eval = ml_collections.ConfigDict({"batch_size": 16, "slots": (8, 16, 64)})
 
     if arg == "smoke":
         config.world.num_chunks = 64
