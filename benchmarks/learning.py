@@ -1,8 +1,8 @@
 """The learned manager beside every fixed rule at the same budget, and credit per step beside one
 outcome per trajectory after equal updates.
 
-    python benchmarks/learning.py           # one seed of the smoke configuration, a minute or two
-    python benchmarks/learning.py --full    # three seeds of the default one, about an hour on 2 cores
+    python benchmarks/learning.py           # one seed of the smoke configuration
+    python benchmarks/learning.py --full    # three seeds of the default one, an hour
 
 For each seed: the main job of configs/sib_grpo.py, the same with sib.credit = trajectory (and state)
 on the same eye and reader, and the evaluation of all policies on held-out streams. Keys of the last

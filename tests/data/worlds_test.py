@@ -8,6 +8,7 @@ import pytest
 
 from mmmem_jax.data import worlds
 from mmmem_jax.data.worlds import FAMILIES, KIND, WORD_ID, WORDS, WorldConfig
+from mmmem_jax.memory.types import LEVELS
 
 CONFIG = WorldConfig()
 # Of stream 1 of world 7; changes whenever the world does.
@@ -186,7 +187,7 @@ class TestQuestions:
 
     def test_families_have_levels(self):
         assert len(worlds.FAMILY_LEVEL) == len(FAMILIES)
-        level = {f: worlds.LEVELS[i] for f, i in zip(FAMILIES, worlds.FAMILY_LEVEL, strict=True)}
+        level = {f: LEVELS[i] for f, i in zip(FAMILIES, worlds.FAMILY_LEVEL, strict=True)}
         assert level["gist"] == level["habit"] == "schema"
         assert level["seen_once"] == "sensory"
         assert {"who", "order", "count", "when"} == {f for f in level if level[f] == "episodic"}
