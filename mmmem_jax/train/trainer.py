@@ -11,7 +11,7 @@ import numpy as np
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import checkpoints
-from mmmem_jax.train.metrics import MetricsWriter, Progress, check_finite
+from mmmem_jax.train.metrics import LOG, MetricsWriter, Progress, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def fit(
 
     What is random must follow from `state` and the batch, so a killed run that resumes from its
     newest checkpoint goes through the same states and logs the same rows. Metrics are means over
-    the steps since the last report.
+    the steps since the last report. A `collapse_*` metric that stays 1 is warned of.
 
     Args:
       phase: name of the checkpoint folder, of the metrics and of the config section.
@@ -100,6 +100,8 @@ def fit(
             values["seconds_update"] = (seconds - loading) / len(window)
             if fit_config.decisions_per_step:
                 values["decisions_per_s"] = len(window) * fit_config.decisions_per_step / seconds
+            for name in (n for n, x in values.items() if n.startswith("collapse_") and x == 1.0):
+                LOG.warning("%s step %d: %s, the policy does one thing only", phase, step, name)
             writer.write(step, values)
             progress.report(step, {k: values[k] for k in fit_config.shown})
             if step % fit_config.save_every == 0 or last:
