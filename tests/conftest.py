@@ -1,6 +1,8 @@
 """What every test shares: JAX on eight CPU devices, its compilation cache, real data if present."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,33 @@ def egolife_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no EgoLife data: set MMMEM_EGOLIFE_DIR to its folder")
     return folder
+
+
+# The whole of the main job in seconds: too small to learn anything.
+TINY = {
+    "world.num_chunks": 32, "world.questions_per_family": 2,
+    "streams.perception": 2, "streams.train": 4, "streams.validation": 4, "streams.test": 4,
+    "perception.num_steps": 2, "perception.log_every": 1, "perception.save_every": 1,
+    "reader.num_steps": 2, "reader.log_every": 1, "reader.save_every": 1, "reader.batch_size": 4,
+    "manager.num_steps": 16, "manager.log_every": 1, "manager.save_every": 2,
+    "manager.batch_size": 2, "sib.num_generations": 2,
+}  # fmt: skip
+TINY_CONFIG = [
+    "--config=configs/sib_grpo.py:smoke",
+    *(f"--config.{k}={v}" for k, v in TINY.items()),
+]
+
+
+def run_module(*args: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs `python -m ARGS` from the clone, as a user does."""
+    command = [sys.executable, "-m", *map(str, args)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A workdir of `TINY_CONFIG`, trained to its end; copy it before changing it."""
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    done = run_module("mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir

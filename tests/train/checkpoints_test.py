@@ -1,0 +1,96 @@
+"""Tests of mmmem_jax/train/checkpoints.py: whole or not at all, in the run's own folder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmmem_jax.errors import UserError
+from mmmem_jax.train import checkpoints
+
+CONFIG = {"seed": 0, "manager": {"hidden": 8, "slots": (1, 2)}}
+DATA = {"next": 0}
+
+
+def state_at(step: int) -> dict:
+    return {"w": jnp.arange(3.0) * step, "rng": jax.random.key_data(jax.random.key(step))}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    found = checkpoints.open_checkpoints(tmp_path / "phase")
+    yield found
+    found.close()
+
+
+def test_restores_what_was_saved(saved):
+    for step in (1, 2):
+        checkpoints.save(saved, step, state_at(step), {"next": step}, CONFIG)
+    for asked, step in ((None, 2), (1, 1)):
+        state, data, at = checkpoints.restore(saved, state_at(0), asked)
+        assert (data, at) == ({"next": step}, step)
+        jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
+
+
+def test_keeps_the_newest(saved, tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.save(saved, step, state_at(step), DATA, CONFIG)
+    assert checkpoints.steps(tmp_path / "phase") == [2, 3]
+
+
+def test_an_empty_folder_has_none(saved, tmp_path):
+    assert checkpoints.restore(saved, state_at(0)) is None
+    assert checkpoints.steps(tmp_path / "phase") == checkpoints.steps(tmp_path / "absent") == []
+
+
+def test_a_half_written_checkpoint_is_ignored(saved, tmp_path):
+    checkpoints.save(saved, 1, state_at(1), DATA, CONFIG)
+    saved.close()
+    half = next((tmp_path / "phase").glob("1")).with_name("2.orbax-checkpoint-tmp")
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "manifest.ocdbt").write_bytes(b"cut")
+    assert checkpoints.steps(tmp_path / "phase") == [1]
+    again = checkpoints.open_checkpoints(tmp_path / "phase")
+    assert checkpoints.restore(again, state_at(0))[2] == 1
+    checkpoints.save(again, 2, state_at(2), DATA, CONFIG)
+    again.close()
+    assert checkpoints.steps(tmp_path / "phase") == [1, 2]
+
+
+def test_a_step_folder_that_was_never_committed_is_ignored(saved, tmp_path):
+    checkpoints.save(saved, 1, state_at(1), DATA, CONFIG)
+    saved.close()
+    (tmp_path / "phase" / "2").mkdir()
+    again = checkpoints.open_checkpoints(tmp_path / "phase")
+    assert checkpoints.restore(again, state_at(0))[2] == 1
+    again.close()
+
+
+def test_a_workdir_takes_its_own_config_again(tmp_path):
+    checkpoints.claim_workdir(tmp_path / "run", CONFIG)
+    checkpoints.claim_workdir(tmp_path / "run", CONFIG)
+    assert checkpoints.read_config(tmp_path / "run")["manager"] == {"hidden": 8, "slots": [1, 2]}
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (CONFIG | {"seed": 1}, "seed: 0 there, 1 here"),
+        (CONFIG | {"dim": 64}, "dim: unset there, 64 here"),
+        ({"seed": 0, "manager": {"hidden": 9, "slots": (1, 2)}}, "manager.hidden: 8 there, 9 here"),
+    ],
+)
+def test_refuses_the_workdir_of_another_config(tmp_path, other, difference):
+    checkpoints.claim_workdir(tmp_path, CONFIG)
+    with pytest.raises(UserError, match=difference):
+        checkpoints.claim_workdir(tmp_path, other)
+    assert checkpoints.read_config(tmp_path)["seed"] == 0
+
+
+def test_says_what_is_wrong_with_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        checkpoints.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match="not JSON"):
+        checkpoints.read_config(tmp_path)
