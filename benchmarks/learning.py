@@ -9,6 +9,7 @@ on the same eye and reader, and the evaluation of all policies on held-out strea
 line: learned, best_rule, best_rule_name, unlimited, trajectory_credit, gap_closed, se (of each).
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import common
-from mmmem_jax import flags
+from mmmem_jax import flags, provenance
 from mmmem_jax.evals import protocol, table, world_eval
 from mmmem_jax.train import world_job
 
@@ -49,7 +50,13 @@ def train(root: Path, seed: int, credit: str, full: bool, base: Path | None) -> 
 
 
 def measure(root: Path, seed: int, credits: list[str], full: bool) -> dict:
-    """{policy or credit: {accuracy, se, n}} of one seed on held-out streams."""
+    """{policy or credit: accuracy, se, tokens, slots} of one seed on held-out streams.
+
+    Kept in the seed's folder, so that a benchmark cut short goes on with the next seed.
+    """
+    kept = root / f"seed{seed}" / f"measured_{'_'.join(credits)}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     base = train(root, seed, "step", full, None)
     run = world_eval.load_run(base)
     learned, _ = world_eval.load_learned(run, base, None)
@@ -62,6 +69,7 @@ def measure(root: Path, seed: int, credits: list[str], full: bool) -> dict:
         entry = protocol.summarise(credit, world_eval.evaluate(run, policy), run.streams)
         found[f"{credit}_credit"] = {key: entry[key] for key in keys}
     found["num_questions"] = int(run.streams.question_valid.sum())
+    provenance.write_json(kept, found)
     return found
 
 
@@ -102,9 +110,10 @@ def main() -> None:
     """Trains, evaluates, prints."""
     parser = common.make_parser(__doc__)
     parser.add_argument("--credits", default="trajectory", help="other credits, comma-separated")
+    parser.add_argument("--seeds", help="comma-separated; default 0,1,2 with --full, else 0")
     args = parser.parse_args()
     flags.log_plainly()
-    seeds = [0, 1, 2] if args.full else [0]
+    seeds = [int(s) for s in (args.seeds or ("0,1,2" if args.full else "0")).split(",")]
     root = common.workdir(args, "learning")
     found = [measure(root, seed, args.credits.split(","), args.full) for seed in seeds]
     common.emit("learning", combine(found), full=args.full, seeds=seeds)
