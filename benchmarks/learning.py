@@ -4,9 +4,9 @@ outcome per trajectory after equal updates.
     python benchmarks/learning.py           # one seed of the smoke configuration
     python benchmarks/learning.py --full    # three seeds of the default one, an hour
 
-For each seed: the main job of configs/sib_grpo.py, the same with sib.credit = trajectory (and state)
-on the same eye and reader, and the evaluation of all policies on held-out streams. Keys of the last
-line: learned, best_rule, best_rule_name, unlimited, trajectory_credit, gap_closed, se (of each).
+For each seed: the main job of configs/sib_grpo.py, the same with sib.credit = trajectory (and
+others of --credits) on the same eye and reader, and all policies on held-out streams. Keys of the
+last line: learned, best_rule, best_rule_name, unlimited, trajectory_credit, gap_closed, se.
 """
 
 import json
