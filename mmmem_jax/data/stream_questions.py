@@ -154,6 +154,25 @@ def score(event: Event, statistics: StreamStatistics) -> float:
     return sum(_idf(word, statistics) for word in _rarest(content, 3, statistics))
 
 
+DESCRIPTION = ("idf_sum", "idf_max", "words", "content_words", "names", "known_speaker", "speaker")
+
+
+def describe(event: Event, statistics: StreamStatistics) -> tuple[float, ...]:
+    """Returns plain features of a row, one per name in DESCRIPTION.
+
+    Summed and largest idf of its content words (nats), its words, its content words, the known
+    names in it, and 0 or 1: whether a known person, or anybody, is quoted.
+    """
+    speaker, said = _speaker(event.text)
+    words = _words(said)
+    content = _content(words, statistics)
+    idf = [_idf(word, statistics) for word in content]
+    named = len(statistics.names & {*words})
+    known = float(speaker in statistics.names)
+    quoted = float(speaker is not None)
+    return sum(idf), max(idf, default=0.0), len(words), len(content), named, known, quoted
+
+
 def make_questions(
     events: Sequence[Event],
     statistics: StreamStatistics,
