@@ -52,6 +52,24 @@ def load(folder: Path, state, step: int | None = None):
     return loaded["state"], loaded["data"], step
 
 
+def load_phase(workdir: Path, phase: str, state, step: int | None = None):
+    """(state, step) of a phase's checkpoint in a workdir, the newest by default.
+
+    Raises:
+      UserError: if there is no such checkpoint.
+    """
+    folder = workdir / "checkpoints" / phase
+    found = steps(folder)
+    if not found or (step is not None and step not in found):
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(
+            f"{folder} has no {wanted} (steps there: {found or 'none'}); "
+            f"run mmmem_jax.main with --workdir={workdir} first"
+        )
+    state, _, step = load(folder, state, step)
+    return state, step
+
+
 def restore(checkpoints, state, step: int | None = None):
     """`load` from open checkpoints."""
     return load(Path(checkpoints.directory), state, step)

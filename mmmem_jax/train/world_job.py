@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from mmmem_jax.data import encoded, worlds
 from mmmem_jax.data.encoded import EncodedStream
-from mmmem_jax.errors import UserError
 from mmmem_jax.memory.types import MemoryConfig
 from mmmem_jax.models.frame_encoder import FrameEncoder, frame_loss
 from mmmem_jax.models.reader import Reader
@@ -101,32 +100,20 @@ def _frame_loader(config: ConfigDict) -> grain.DatasetIterator:
     return iter(dataset.to_iter_dataset())
 
 
-def _load(workdir: Path, phase: str, state, step: int | None = None):
-    """(state, step) of a phase's checkpoint; raises UserError if there is none."""
-    folder = workdir / "checkpoints" / phase
-    found = checkpoints.steps(folder)
-    if not found or (step is not None and step not in found):
-        wanted = "checkpoint" if step is None else f"step {step}"
-        raise UserError(
-            f"{folder} has no {wanted} (steps there: {found or 'none'}); "
-            f"run mmmem_jax.main with --workdir={workdir} first"
-        )
-    state, _, step = checkpoints.load(folder, state, step)
-    return state, step
-
-
 def load_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEncoder:
     """The trained frame encoder of a workdir."""
     graphdef, params = nnx.split(model)
     start = state.init_state(params, _eye_optimizer(config), _phase_key(config, "perception"))
-    return nnx.merge(graphdef, _load(workdir, "perception", start)[0].params)
+    return nnx.merge(graphdef, checkpoints.load_phase(workdir, "perception", start)[0].params)
 
 
 def load_reader(config: ConfigDict, workdir: Path, model: Reader) -> Reader:
     """The calibrated reader of a workdir."""
     del config
     graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, _load(workdir, CALIBRATED, {"params": params})[0]["params"])
+    return nnx.merge(
+        graphdef, checkpoints.load_phase(workdir, CALIBRATED, {"params": params})[0]["params"]
+    )
 
 
 def load_manager(
@@ -135,7 +122,7 @@ def load_manager(
     """The manager of a checkpoint, the newest by default, and its step."""
     graphdef, _ = nnx.split(model)
     start = sib.init_state(model, manager_optimizer(config), _phase_key(config, "manager"))
-    found, step = _load(workdir, "manager", start, step)
+    found, step = checkpoints.load_phase(workdir, "manager", start, step)
     return nnx.merge(graphdef, found.params), step
 
 
