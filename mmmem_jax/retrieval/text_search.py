@@ -55,23 +55,23 @@ def kept_rows(node_of_row: np.ndarray, node_id: np.ndarray, valid: np.ndarray) -
 
 
 def node_scores(
-    kept: Kept, cosines: np.ndarray, tokens: np.ndarray, embedding: np.ndarray
+    kept: Kept, texts: np.ndarray, tokens: np.ndarray, embedding: np.ndarray
 ) -> np.ndarray:
     """Cosines of n texts with the kept nodes, float [n, nodes].
 
     Args:
       kept: what the memory holds.
-      cosines: [n, T], of the texts with every row.
+      texts: float [n, E], unit embeddings.
       tokens: int [T], tokens of every row.
       embedding: float [T, E], unit embeddings of every row.
     """
-    first = _first_rows(kept)
-    if len(first) == len(kept.row):  # one row a node
-        return cosines[:, kept.row]
+    first, rows = _first_rows(kept), embedding[kept.row]
+    if len(first) == len(rows):  # one row a node
+        return texts @ rows.T
     weight = tokens[kept.row].astype(np.float32)
-    total = np.add.reduceat(weight[:, None] * embedding[kept.row], first, axis=0)
-    norm = np.maximum(np.linalg.norm(total, axis=-1), 1e-6)
-    return np.add.reduceat(cosines[:, kept.row] * weight, first, axis=1) / norm
+    nodes = np.add.reduceat(weight[:, None] * rows, first, axis=0)
+    nodes /= np.maximum(np.linalg.norm(nodes, axis=-1, keepdims=True), 1e-6)
+    return texts @ nodes.T
 
 
 def node_hits(kept: Kept, tokens: np.ndarray, is_evidence: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def test_kept_rows_are_those_of_live_nodes_sorted_by_node():
 def test_an_empty_memory_holds_no_row(rows):
     kept = text_search.kept_rows(np.arange(rows), np.full(3, -1), np.zeros(3, bool))
     assert kept.row.size == kept.node.size == 0
-    scores = text_search.node_scores(kept, unit(2, rows), np.ones(rows), unit(rows, 5))
+    scores = text_search.node_scores(kept, unit(2, 5), np.ones(rows), unit(rows, 5))
     hits = text_search.node_hits(kept, np.ones(rows, int), np.ones(rows, bool))
     assert scores.shape == (2, 0)
     assert not text_search.recall_at(scores[0], hits, 5)
@@ -41,7 +41,7 @@ def test_an_empty_memory_holds_no_row(rows):
 def test_a_node_scores_as_the_weighted_mean_of_its_rows(node):
     embedding, text, tokens = unit(6, 8), unit(3, 8), np.array([3, 1, 4, 1, 5, 9])
     kept = Kept(np.array([0, 2, 3, 5]), np.array(node))
-    scores = text_search.node_scores(kept, text @ embedding.T, tokens, embedding)
+    scores = text_search.node_scores(kept, text, tokens, embedding)
     for column, n in enumerate(sorted(set(node))):
         rows = kept.row[kept.node == n]
         mean = (tokens[rows, None] * embedding[rows]).sum(0)
