@@ -1,0 +1,233 @@
+"""The text job: a manager learns by SIB-GRPO which rows of a stream of timed text to keep.
+
+No label is read. A batch holds segments of the training streams and questions made from them; what
+a memory is worth is the probability that retrieval by similarity lands on the evidence, at a price
+for every token held (eq. 10). Training has no budget: the price ranks the rows, and at evaluation
+any budget keeps the best of them.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mmmem_jax.data import text_streams
+from mmmem_jax.data.encoded import EncodedStream, to_items, to_questions
+from mmmem_jax.data.text_streams import TextSpace, TextStream
+from mmmem_jax.errors import UserError
+from mmmem_jax.memory.types import MemoryConfig, MemoryState
+from mmmem_jax.models.text_encoder import cached_embeddings
+from mmmem_jax.models.weights import default_cache_dir, fetch_minilm
+from mmmem_jax.policies.manager import Manager
+from mmmem_jax.retrieval.text_search import evidence_mass
+from mmmem_jax.sib import update as sib
+from mmmem_jax.train import checkpoints, sharding
+from mmmem_jax.train.trainer import FitConfig, fit
+from mmmem_jax.train.world_job import manager_optimizer
+
+LOG = logging.getLogger("mmmem_jax")
+TEMPERATURES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+
+
+def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
+    """The streams of `config.data_dir`, embedded; training can do without the options.
+
+    Raises:
+      UserError: if there is no data_dir, or it cannot be read.
+    """
+    if not config.data_dir:
+        raise UserError("config.data_dir is empty; give --config.data_dir=FOLDER")
+    readers = {
+        "egolife": text_streams.read_egolife_parts,
+        "timed_text": text_streams.read_timed_text_parts,
+    }
+    if config.source not in readers:
+        raise UserError(f"config.source is {config.source!r}; it must be {' or '.join(readers)}")
+    parts = readers[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+    encoder = Path(config.encoder_dir) if config.encoder_dir else fetch_minilm()
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir() / "embeddings"
+    return text_streams.make_streams(
+        parts,
+        functools.partial(
+            cached_embeddings, folder=encoder, cache_dir=cache, progress=sys.stderr.isatty()
+        ),
+        wearer=config.wearer or None,
+        num_questions=config.questions_per_stream,
+        rng_seed=config.question_seed,
+        with_options=with_options,
+    )
+
+
+def fit_space(config: ConfigDict, streams: list[TextStream]) -> TextSpace:
+    """The memory's space, from the training rows."""
+    train = [stream.embedding for stream in streams if stream.split == "train"]
+    return text_streams.fit_space(np.concatenate(train), config.dim)
+
+
+def make_manager(config: ConfigDict) -> Manager:
+    """A manager initialised from the config's seed."""
+    return Manager(config.dim, config.manager.hidden, rngs=nnx.Rngs(config.seed))
+
+
+def memory_config(config: ConfigDict, slots: int, token_budget: int | None) -> MemoryConfig:
+    """A memory of verbatim text: what a node holds is what was said, never a summary."""
+    return MemoryConfig(
+        sensory_slots=1,
+        episodic_slots=slots,
+        schema_slots=0,
+        num_prototypes=1,
+        num_relations=1,
+        dim=config.dim,
+        token_budget=token_budget,
+        merge_keep=1.0,
+        max_node_tokens=config.max_node_tokens,
+    )
+
+
+def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.TaskFns]:
+    """What a batch's questions make of a memory: evidence mass, and its log for the bound.
+
+    For the bound Y is the row a question is about, one of T; q mixes retrieval with 5% of chance.
+    """
+
+    def make(batch: EncodedStream) -> sib.TaskFns:
+        questions, evidence = to_questions(batch), jnp.asarray(batch.evidence)
+        num_rows = batch.valid.shape[-1]
+
+        def scored(value):
+            def one(state: MemoryState, query, found, valid):
+                score = value(evidence_mass(state, query, found, temperature))
+                return jnp.sum(jnp.where(valid, score, 0.0)) / jnp.maximum(valid.sum(), 1)
+
+            over_group = jax.vmap(one, in_axes=(0, None, None, None))
+            return lambda states: jax.vmap(over_group)(
+                states, questions.query, evidence, questions.valid
+            )
+
+        log_prob = scored(lambda mass: jnp.log(0.95 * mass + 0.05 / num_rows))
+        return sib.TaskFns(
+            scored(lambda mass: mass), lambda states: {"log_prob": log_prob(states)}, num_rows
+        )
+
+    return make
+
+
+def calibrate_temperature(batch: EncodedStream) -> float:
+    """The temperature under which softmax retrieval from all rows of a batch is likeliest right."""
+    items, questions = to_items(batch), to_questions(batch)
+
+    @jax.jit
+    def log_prob(temperature):
+        def one(text, valid, query, evidence, asked):
+            logits = jnp.where(valid, query @ text.T / temperature, -1e9)
+            found = jnp.any(evidence[..., None] == jnp.arange(len(text)), axis=1)
+            mass = jnp.sum(jax.nn.softmax(logits) * found, axis=-1)
+            return jnp.sum(jnp.where(asked, jnp.log(mass + 1e-6), 0.0)), asked.sum()
+
+        args = (items.text, items.valid, questions.query, jnp.asarray(batch.evidence))
+        total, count = jax.vmap(one)(*args, questions.valid)
+        return total.sum() / jnp.maximum(count.sum(), 1)
+
+    return max(TEMPERATURES, key=lambda t: float(log_prob(t)))
+
+
+def train_manager(config: ConfigDict, workdir: Path, train_streams: list[EncodedStream]) -> Manager:
+    """SIB-GRPO on segments of the training streams.
+
+    Raises:
+      UserError: if no question could be made from them.
+    """
+    section, options = config.manager, sib.SibConfig(**config.sib)
+    if not any(stream.question_valid.any() for stream in train_streams):
+        raise UserError(f"{config.data_dir}: no question can be made from the training rows")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
+    sharding.check_divides(
+        mesh, batch_size=section.batch_size, num_generations=options.num_generations
+    )
+
+    def loader():
+        return text_streams.make_loader(
+            train_streams,
+            seed=config.seed,
+            batch_size=section.batch_size,
+            num_rows=section.num_rows,
+            num_questions=section.num_questions,
+        )
+
+    temperature = calibrate_temperature(next(loader()))
+    LOG.info("retrieval temperature %.2f", temperature)
+    model = make_manager(config)
+    graphdef, _ = nnx.split(model)
+    optimizer = manager_optimizer(config)
+    update = sib.make_update(
+        graphdef,
+        text_task(temperature),
+        optimizer,
+        memory_config(config, section.num_rows, None),
+        options,
+        shard=sharding.make_shard(mesh),
+    )
+    start = sib.init_state(model, optimizer, jax.random.key(config.seed))
+    final = fit(
+        "manager",
+        sharding.replicate(mesh, start),
+        update,
+        loader(),
+        workdir=workdir,
+        config=config.to_dict(),
+        fit_config=FitConfig(
+            section.num_steps,
+            section.log_every,
+            section.save_every,
+            shown=("task_reward", "reward", "compression", "share_add", "policy_entropy"),
+            decisions_per_step=section.batch_size * options.num_generations * section.num_rows,
+        ),
+        put_batch=lambda batch: sharding.put_batch(mesh, batch),
+    )
+    return nnx.merge(graphdef, final.params)
+
+
+def load_manager(config: ConfigDict, workdir: Path, step: int | None) -> tuple[Manager, int]:
+    """The manager of a checkpoint, the newest for None, and its step.
+
+    Raises:
+      UserError: if there is no such checkpoint.
+    """
+    model = make_manager(config)
+    start = sib.init_state(model, manager_optimizer(config), jax.random.key(config.seed))
+    folder = workdir / "checkpoints" / "manager"
+    have = checkpoints.steps(folder)
+    if not have or (step is not None and step not in have):
+        wanted = "" if step is None else f" of step {step}"
+        raise UserError(f"{folder} has no checkpoint{wanted}; there are {have or 'none'}")
+    saved = checkpoints.open_checkpoints(folder)
+    state, _, step = checkpoints.restore(saved, start, step)
+    saved.close()
+    nnx.update(model, state.params)
+    return model, step
+
+
+def train(
+    config: ConfigDict, workdir: Path, streams: Sequence[TextStream], space: TextSpace
+) -> Manager:
+    """Trains in `workdir`, or goes on where it was stopped; a finished run is only loaded."""
+    checkpoints.claim_workdir(workdir, config.to_dict())
+    if checkpoints.steps(workdir / "checkpoints" / "manager")[-1:] == [config.manager.num_steps]:
+        return load_manager(config, workdir, None)[0]
+    train_streams = [text_streams.encode(space, s) for s in streams if s.split == "train"]
+    return train_manager(config, workdir, train_streams)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """The whole job."""
+    checkpoints.claim_workdir(workdir, config.to_dict())  # refused before anything is read
+    streams = load_streams(config, with_options=False)
+    train(config, workdir, streams, fit_space(config, streams))
+    LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

@@ -1,0 +1,163 @@
+"""The text job on a small folder: it trains, resumes, is evaluated, and refuses bad input."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mmmem_jax import memory
+from mmmem_jax.data import text_streams
+from mmmem_jax.data.encoded import EncodedStream, to_items
+from mmmem_jax.errors import UserError
+from mmmem_jax.evals import text_eval, text_policies
+from mmmem_jax.policies import rules
+from mmmem_jax.retrieval.text_search import evidence_mass
+from mmmem_jax.train import text_job
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def _module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+made_up = _module(REPO / "tests/data/text_streams_test.py")
+
+
+@pytest.fixture
+def config(tmp_path) -> ConfigDict:
+    """The smoke config on a folder of four made-up videos, with a toy encoder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    # The same life four times: budgets are equal, so fewer programs are compiled.
+    lives = [made_up.life(f"v{i}", 0, num_rows=250) for i in range(4)]
+    events = [vars(event) for life in lives for event in life.events]
+    asked = [vars(question) for life in lives for question in life.questions]
+    for name, rows in (("events", events), ("qa", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = _module(REPO / "configs/timed_text.py").get_config("smoke")
+    config.data_dir, config.cache_dir = str(folder), str(tmp_path / "cache")
+    config.encoder_dir = str(REPO / "tests/models/tiny_bert")
+    config.dim = 16
+    return config
+
+
+def test_a_folder_is_trained_on_and_evaluated(config, tmp_path, monkeypatch, capsys):
+    for grid in ("HALF_LIVES", "SIMILARITIES", "CHANGES"):
+        monkeypatch.setattr(text_policies, grid, (0.5,))
+    workdir = tmp_path / "run"
+    text_job.run(config, workdir)
+    trained, step = text_job.load_manager(config, workdir, None)
+    assert step == config.manager.num_steps
+    start = text_job.make_manager(config)
+    assert not np.array_equal(trained.out.kernel[...], start.out.kernel[...])
+
+    before = (workdir / "metrics.jsonl").read_text()
+    text_job.run(config, workdir)  # finished: nothing more to do
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+    results = text_eval.full_evaluation(workdir)
+    shown = capsys.readouterr().out
+    for split in config.eval.splits:
+        entries = results["table"][split]["0.0625"]
+        unlimited = next(e for e in entries if e["name"] == "unlimited")
+        assert unlimited["official_n"] == 1
+        for entry in entries:
+            assert 0.0 <= entry["recall"] <= 1.0
+            assert entry["name"] in shown
+    assert (workdir / "eval/results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data_dir", "", "config.data_dir is empty"),
+        ("source", "tapes", "must be egolife or timed_text"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(config, key, value, message):
+    config[key] = value
+    with pytest.raises(UserError, match=message):
+        text_job.load_streams(config, with_options=False)
+
+
+def test_a_run_without_checkpoints_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        text_job.load_manager(config, tmp_path, None)
+
+
+def test_rows_without_questions_are_refused(config, tmp_path):
+    life = made_up.life("v", 0, num_rows=40)
+    parts = [("v", "v", split, life) for split in ("train", "validation", "test")]
+    streams = text_streams.make_streams(
+        parts, made_up.embed, wearer=None, num_questions=0, rng_seed=0
+    )
+    space = text_streams.fit_space(streams[0].embedding, 16)
+    with pytest.raises(UserError, match="no question can be made"):
+        text_job.train_manager(config, tmp_path, [text_streams.encode(space, streams[0])])
+
+
+@pytest.fixture(scope="module")
+def batch() -> EncodedStream:
+    life = made_up.life("v", 0)
+    parts = [("v", "v", split, life) for split in ("train", "validation", "test")]
+    streams = text_streams.make_streams(
+        parts, made_up.embed, wearer=None, num_questions=60, rng_seed=0
+    )
+    space = text_streams.fit_space(streams[0].embedding, 16)
+    loader = text_streams.make_loader(
+        [text_streams.encode(space, streams[0])],
+        seed=0, batch_size=2, num_rows=64, num_questions=8,
+    )  # fmt: skip
+    return next(loader)
+
+
+def memories(config, batch, rule):
+    """Memories [B, 1] of a rule that hold whole segments."""
+    settings = rule.configure(text_job.memory_config(config, 64, None))
+    key, items = jax.random.key(0), to_items(batch)
+
+    def one(stream):
+        start = memory.init(settings)
+        return memory.scan(rule.params, key, start, stream, decide_fn=rule.decide_fn)[0]
+
+    return jax.tree.map(lambda x: x[:, None], jax.vmap(one)(items))
+
+
+def test_the_reward_is_the_mean_evidence_mass(config, batch):
+    states = memories(config, batch, rules.unlimited())
+    task = text_job.text_task(0.1)(batch)
+    reward = task.reward(states)
+    assert reward.shape == (2, 1)
+    for b in range(2):
+        state = jax.tree.map(lambda x, i=b: x[i, 0], states)
+        query = jnp.asarray(batch.query[b], jnp.float32)
+        mass = evidence_mass(state, query, jnp.asarray(batch.evidence[b]), 0.1)
+        valid = batch.question_valid[b]
+        np.testing.assert_allclose(reward[b, 0], np.asarray(mass)[valid].mean(), rtol=1e-5)
+    assert task.final(states)["log_prob"].shape == (2, 1)
+    assert (task.final(states)["log_prob"] < 0).all()
+
+
+def test_an_empty_memory_earns_nothing(config, batch):
+    states = memories(config, batch, rules.random_actions([1e-30, 1e-30, 1.0]))
+    np.testing.assert_array_equal(text_job.text_task(0.1)(batch).reward(states), 0.0)
+
+
+def test_the_temperature_fits_how_sharp_the_questions_are(batch):
+    found = batch.evidence.max(-1)
+    exact = np.take_along_axis(batch.text, found[..., None], axis=1)
+    sharp = text_job.calibrate_temperature(batch._replace(query=exact))
+    blunt = text_job.calibrate_temperature(batch._replace(query=np.zeros_like(exact)))
+    assert sharp < 0.2
+    assert blunt == text_job.TEMPERATURES[0]
