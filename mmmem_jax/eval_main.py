@@ -44,9 +44,9 @@ def evaluate_world(workdir: Path) -> None:
 
 def evaluate_text(workdir: Path) -> None:
     """Evaluates a run on timed text."""
-    from mmmem_jax.evals import text_protocol
+    from mmmem_jax.evals import text_eval
 
-    text_protocol.full_evaluation(workdir, step=STEP.value)
+    text_eval.full_evaluation(workdir, step=STEP.value)
 
 
 JOBS = {"world": evaluate_world, "text": evaluate_text}
