@@ -442,7 +442,8 @@ def _appearances() -> np.ndarray:
 def _textures() -> np.ndarray:
     """Pixel textures of the patterns, [4, 8, 8, 1], zero mean over every 2 x 2 block.
 
-    Averaging 2 x 2 pixels erases them: the detail is there at full resolution only.
+    Averaging 2 x 2 pixels erases them, but for what `render` clips at black and white: which of the
+    patterns it is shows at full resolution only.
     """
     row, column = np.mgrid[0:8, 0:8] % 2
     striped = np.where(row == 0, 1.0, -1.0)

@@ -141,7 +141,8 @@ def accuracy_and_error(right: np.ndarray, valid: np.ndarray) -> dict[str, float]
 def evidence_age(streams: EncodedStream) -> np.ndarray:
     """Days from the newest evidence of each question to its query time, [S, M]; NaN without."""
     newest = streams.evidence.max(-1)
-    end = np.take_along_axis(streams.span[..., 1], np.maximum(newest, 0), axis=1)
+    ends = np.pad(streams.span[..., 1], ((0, 0), (0, 1)))  # an empty stream has none to look up
+    end = np.take_along_axis(ends, np.maximum(newest, 0), axis=1)
     return np.where(newest >= 0, (streams.query_time - end) / SECONDS_PER_DAY, np.nan)
 
 

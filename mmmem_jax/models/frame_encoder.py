@@ -23,9 +23,9 @@ class FrameEncoder(nnx.Module):
         x = frames.astype(jnp.float32) / 127.5 - 1.0
         b = x.shape[0]
         patches = x.reshape(b, 4, 4, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, 16, 48)
-        fine = jax.nn.gelu(self.patch(patches)).reshape(b, -1)
+        fine = jax.nn.gelu(self.patch(patches)).reshape(b, 16 * 48)
         fine = self.fine_out(jax.nn.gelu(self.fine(fine)))
-        low = x.reshape(b, 8, 2, 8, 2, 3).mean((2, 4)).reshape(b, -1)
+        low = x.reshape(b, 8, 2, 8, 2, 3).mean((2, 4)).reshape(b, 8 * 8 * 3)
         return fine, self.coarse_out(jax.nn.gelu(self.coarse(low)))
 
 

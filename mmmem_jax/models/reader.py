@@ -73,19 +73,25 @@ def project(state: MemoryState) -> Slots:
         zeros = [jnp.zeros_like(vectors[0])] * (NUM_BANKS - len(vectors))
         return jnp.stack([*vectors, *zeros], axis=1)
 
+    valid = jnp.concatenate([s.valid, e.valid, g.valid])
     views = [e.prototypes[:, k] for k in range(min(2, e.prototypes.shape[1]))]
     return Slots(
         banks=jnp.concatenate(
             [banks(s.text, s.visual), banks(e.text, *views), banks(g.gloss, g.profile, g.embedding)]
         ),
-        features=jnp.concatenate(
-            [
-                slot_features(s.span, jnp.ones(s.valid.shape), now),
-                slot_features(e.span, e.count, now),
-                slot_features(g.span, g.mentions, now),
-            ]
+        # Zero, not merely masked, where nothing is valid: 0 * NaN is NaN.
+        features=jnp.where(
+            valid[:, None],
+            jnp.concatenate(
+                [
+                    slot_features(s.span, jnp.ones(s.valid.shape), now),
+                    slot_features(e.span, e.count, now),
+                    slot_features(g.span, g.mentions, now),
+                ]
+            ),
+            0.0,
         ),
-        valid=jnp.concatenate([s.valid, e.valid, g.valid]),
+        valid=valid,
         counts=(s.valid.shape[0], e.valid.shape[0], g.valid.shape[0]),
     )
 

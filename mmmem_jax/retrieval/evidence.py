@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from mmmem_jax.memory.types import MemoryState
 
 SCHEMA, EPISODIC, SENSORY = 0, 1, 2  # reading order, top down
-LINK_BONUS = 0.1  # lifts what hangs under evidence already read: grounded episodes, their items
 
 
 def slot_levels(state: MemoryState) -> Int[Array, "N"]:

@@ -23,11 +23,12 @@ class RetrievalConfig:
     """top_k slots a step and steps a level, in reading order schema, episodic, sensory."""
 
     top_k: tuple[int, int, int] = (5, 2, 1)
-    rounds: tuple[int, int, int] = (1, 4, 4)
+    rounds: tuple[int, int, int] = (1, 4, 3)
     confidence: float = 0.8
     epsilon: float = 0.01
-    patience: int = 3
+    patience: int = 5
     temperature: float = 0.1
+    link_bonus: float = 0.1  # lifts what hangs under evidence read: grounded episodes, their items
     visual_tokens: tuple[int, int] = (4, 16)  # a coarse view, a full view: 4 x 4 pixel patches
 
     def __post_init__(self):
@@ -35,6 +36,8 @@ class RetrievalConfig:
             raise ValueError(f"RetrievalConfig.confidence is in (0, 1], got {self.confidence}")
         if min(self.top_k) < 1 or min(self.rounds) < 0 or not sum(self.rounds):
             raise ValueError("RetrievalConfig needs top_k >= 1 and at least one round")
+        if self.patience < 1:
+            raise ValueError(f"RetrievalConfig.patience is at least 1, got {self.patience}")
 
     @property
     def step_levels(self) -> tuple[int, ...]:
@@ -104,11 +107,11 @@ def search(
         if lv == ev.EPISODIC:
             read = (entered[:, n1 + n2 :] < num_steps).astype(jnp.float32)
             linked = (read @ grounding.astype(jnp.float32)) > 0
-            scores = scores.at[:, n1 : n1 + n2].add(ev.LINK_BONUS * linked)
+            scores = scores.at[:, n1 : n1 + n2].add(config.link_bonus * linked)
         elif lv == ev.SENSORY:
             read = (entered[:, n1 : n1 + n2] < num_steps).astype(jnp.float32)
             linked = (read @ holds.astype(jnp.float32)) > 0
-            scores = scores.at[:, :n1].add(ev.LINK_BONUS * linked)
+            scores = scores.at[:, :n1].add(config.link_bonus * linked)
         candidates = jnp.broadcast_to(valid & (level == lv), scores.shape)
         logits = jnp.where(candidates, scores / config.temperature, -jnp.inf)
         log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -123,21 +126,20 @@ def search(
 AnswerFn = Callable[[Bool[Array, "Q N"]], Float[Array, "Q O"]]
 
 
-def _stop_step(answer_entropy, gamma, config: RetrievalConfig):
-    """First step at which the search may stop, the last one if none. [Q]."""
+def _stop_step(answer_entropy, entered, gamma, config: RetrievalConfig):
+    """First step at which the search may stop, the last one if none. [Q].
+
+    A step that found nothing to read neither stalls nor ends a stall.
+    """
     num_steps = answer_entropy.shape[-1]
-    drop = answer_entropy[:, :-1] - answer_entropy[:, 1:]
-    stalled = jnp.concatenate([jnp.zeros_like(drop[:, :1], bool), drop < config.epsilon], axis=1)
-    runs = jnp.stack(
-        [
-            jnp.all(stalled[:, s - config.patience + 1 : s + 1], axis=1)
-            if s + 1 >= config.patience
-            else jnp.zeros(stalled.shape[0], bool)
-            for s in range(num_steps)
-        ],
-        axis=1,
-    )
-    stop = (answer_entropy <= gamma) | runs
+    stalled = jnp.zeros(answer_entropy.shape[0], jnp.int32)
+    stops = [answer_entropy[:, 0] <= gamma]
+    for s in range(1, num_steps):
+        drop = answer_entropy[:, s - 1] - answer_entropy[:, s]
+        read = jnp.any(entered == s, axis=-1)
+        stalled = jnp.where(read, jnp.where(drop < config.epsilon, stalled + 1, 0), stalled)
+        stops.append((answer_entropy[:, s] <= gamma) | (stalled >= config.patience))
+    stop = jnp.stack(stops, axis=1)
     return jnp.where(jnp.any(stop, 1), jnp.argmax(stop, 1), num_steps - 1).astype(jnp.int32)
 
 
@@ -167,7 +169,7 @@ def top_down(
     log_probs = jax.lax.map(answer, jnp.arange(len(levels))).swapaxes(0, 1)  # [Q, S, O]
     answer_entropy = entropy(log_probs)
     gamma = confidence_to_gamma(config.confidence, options.shape[1])
-    stop = _stop_step(answer_entropy, gamma, config)
+    stop = _stop_step(answer_entropy, entered, gamma, config)
     tokens = ev.slot_tokens(state, config.visual_tokens)
     return RetrievalOutput(
         log_probs=jnp.take_along_axis(log_probs, stop[:, None, None], axis=1)[:, 0],

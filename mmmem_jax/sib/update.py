@@ -234,7 +234,7 @@ def make_update(
         def inner(carry, _):
             params, opt_state = carry
             grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 

@@ -202,14 +202,7 @@ def load_manager(config: ConfigDict, workdir: Path, step: int | None) -> tuple[M
     """
     model = make_manager(config)
     start = sib.init_state(model, manager_optimizer(config), jax.random.key(config.seed))
-    folder = workdir / "checkpoints" / "manager"
-    have = checkpoints.steps(folder)
-    if not have or (step is not None and step not in have):
-        wanted = "" if step is None else f" of step {step}"
-        raise UserError(f"{folder} has no checkpoint{wanted}; there are {have or 'none'}")
-    saved = checkpoints.open_checkpoints(folder)
-    state, _, step = checkpoints.restore(saved, start, step)
-    saved.close()
+    state, step = checkpoints.load_phase(workdir, "manager", start, step)
     nnx.update(model, state.params)
     return model, step
 

@@ -160,8 +160,9 @@ def train_reader(
         return load_reader(config, workdir, model)
     schedule = optax.cosine_decay_schedule(section.learning_rate, section.num_steps, alpha=0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    # Partial evidence comes from a fixed ladder, so that answering can be tuned without retraining.
     loss_fn = reader_phase.make_loss_fn(
-        graphdef, memory_config(config), retrieval_config(config), section.num_unlimited
+        graphdef, memory_config(config), RetrievalConfig(), section.num_unlimited
     )
     final = fit(
         "reader",

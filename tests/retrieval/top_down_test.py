@@ -10,6 +10,7 @@ import pytest
 from mmmem_jax import memory
 from mmmem_jax.memory import MemoryConfig
 from mmmem_jax.retrieval import evidence as ev
+from mmmem_jax.retrieval import top_down as top_down_lib
 from mmmem_jax.retrieval.top_down import (
     RetrievalConfig,
     confidence_to_gamma,
@@ -291,9 +292,14 @@ class TestTopDown:
         out = run(memory.init(MEMORY), *QUESTIONS)
         np.testing.assert_allclose(out.log_probs, -np.log(NUM_OPTIONS), atol=1e-6)
         assert not np.any(out.tokens_read)
-        assert (
-            out.stop_step.tolist() == [CONFIG.patience] * NUM_QUESTIONS
-        )  # nothing gained since the first step
+        last = len(CONFIG.step_levels) - 1  # a step that finds nothing to read is no stall
+        assert out.stop_step.tolist() == [last] * NUM_QUESTIONS
+
+    def test_steps_that_read_nothing_do_not_stall(self):
+        entropy = jnp.full((1, 7), 0.9).at[0, 6].set(0.1)
+        nothing_between = jnp.array([[0, 6, 7, 7]])  # slots enter at the first and the last step
+        stop = top_down_lib._stop_step(entropy, nothing_between, 0.3, CONFIG)
+        assert stop.tolist() == [6]
 
     def test_batched_equals_a_loop(self, state, sparse):
         states = jax.tree.map(lambda *x: jnp.stack(x), state, sparse)
