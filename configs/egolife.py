@@ -5,7 +5,8 @@
 
 DIR holds EgoLife in its official layout (data/README.md). Trains on days 1-2, tunes on day 2,
 reports day 3 and day 4. Cost and the score to reach are those of benchmarks/results/egolife.json.
-`:smoke` goes the whole way in seconds, to see that everything runs; its scores mean nothing.
+`:smoke` goes the whole way on the first rows of each day, to see that everything runs; its scores
+mean nothing.
 """
 
 import ml_collections
@@ -26,6 +27,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.seed = 0
     config.dim = 64
     config.max_node_tokens = 64
+    config.rows_per_stream = 0  # 0: all
     config.questions_per_stream = 100_000
     config.question_seed = 0
     config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1})
@@ -46,6 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )  # fmt: skip
 
     if arg == "smoke":
+        config.rows_per_stream = 600
         config.questions_per_stream = 40
         config.manager.update(
             {"num_steps": 4, "batch_size": 4, "num_rows": 32, "num_questions": 8,

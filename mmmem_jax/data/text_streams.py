@@ -97,6 +97,7 @@ def make_streams(
     wearer: str | None,
     num_questions: int,
     rng_seed: int,
+    max_rows: int | None = None,
     with_options: bool = True,
 ) -> list[TextStream]:
     """Embeds rows and questions; statistics come from the training parts alone.
@@ -107,11 +108,16 @@ def make_streams(
       wearer: name of the person who wears the camera, None if there is none.
       num_questions: most questions made from one stream.
       rng_seed: seeds the questions.
+      max_rows: read no more rows of a stream than these, its first.
       with_options: embed the options of validation and test; training never reads an answer.
 
     Raises:
       UserError: if a split has no rows.
     """
+    parts = [
+        (name, video, split, TimedText(data.events[:max_rows], data.questions))
+        for name, video, split, data in parts
+    ]
     for split in SPLITS:
         if not any(part[2] == split and part[3].events for part in parts):
             raise UserError(

@@ -61,6 +61,7 @@ def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
         wearer=config.wearer or None,
         num_questions=config.questions_per_stream,
         rng_seed=config.question_seed,
+        max_rows=config.rows_per_stream or None,
         with_options=with_options,
     )
 

@@ -172,3 +172,11 @@ def test_features_are_plain_counts_of_the_row():
     assert {name: raw[name] for name in counts} == pytest.approx(counts, abs=1e-5)
     assert raw["speaker"] == pytest.approx(1)
     assert raw["spoken"] == pytest.approx(1)
+
+
+def test_a_stream_can_be_cut_to_its_first_rows():
+    parts = [(f"v {s}", "v", s, life("v", 0)) for s in ("train", "validation", "test")]
+    options = {"wearer": None, "num_questions": 30, "rng_seed": 0}
+    stream = text_streams.make_streams(parts, embed, max_rows=200, **options)[0]
+    np.testing.assert_array_equal(stream.span[:, 0], 5.0 * np.arange(200))
+    assert max(q.query_time for q in stream.made.questions) <= stream.span[-1, 1]
