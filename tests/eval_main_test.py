@@ -1,0 +1,98 @@
+"""Tests of mmmem_jax/eval_main.py on a small finished run."""
+
+import json
+import shutil
+
+import pytest
+
+from mmmem_jax.policies import rules
+from mmmem_jax.train import checkpoints
+from tests.conftest import TINY, run_module
+
+NAMES = {"learned", "unlimited"} | {
+    rule.name
+    for rule in rules.fixed_rules(8, 2, similarity=0.5, surprise_change=0.5, half_life=1.0)
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory):
+    """The workdir after --follow, and what the binary said."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(tiny_run, workdir)
+    done = run_module("mmmem_jax.eval_main", f"--workdir={workdir}", "--follow", timeout=600)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_follow_ends_when_training_has_ended(evaluated):
+    rows = (evaluated[0] / "eval" / "curve.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [TINY["manager.num_steps"]]
+
+
+def test_prints_the_table_and_the_path_of_the_report(evaluated):
+    workdir, done = evaluated
+    *table, last = done.stdout.strip().splitlines()
+    assert last == f"report: {workdir / 'eval' / 'report.html'}"
+    assert {line.split()[0] for line in table[-len(NAMES) :]} == NAMES
+
+
+def test_results_hold_every_policy_on_the_same_questions(evaluated):
+    results = json.loads((evaluated[0] / "eval" / "results.json").read_text())
+    assert {policy["name"] for policy in results["policies"]} == NAMES
+    assert results["num_streams"] == TINY["streams.test"]
+    assert results["step"] == TINY["manager.num_steps"]
+    assert results.keys() >= {"date", "device", "versions", "command", "seed", "reader_ece"}
+    for policy in results["policies"]:
+        assert 0 <= policy["accuracy"] <= 1
+        assert sum(row["n"] for row in policy["by_family"]) == results["num_questions"]
+        assert policy["name"] == "unlimited" or policy["slots"] <= 24
+
+
+def test_every_question_has_a_row(evaluated):
+    folder = evaluated[0] / "eval"
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    assert len(rows) == results["num_questions"] * len(NAMES)
+    right = [
+        row["log_probs"].index(max(row["log_probs"])) == row["answer"]
+        for row in rows
+        if row["policy"] == "learned"
+    ]
+    (learned,) = (p for p in results["policies"] if p["name"] == "learned")
+    assert sum(right) / len(right) == pytest.approx(learned["accuracy"])
+
+
+def test_the_report_needs_nothing_else(evaluated):
+    text = (evaluated[0] / "eval" / "report.html").read_text()
+    assert "<svg" in text
+    for outside in ('src="http', 'href="http', "<link", "@import"):
+        assert outside not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir={tmp}"], "has no config.json"),
+        (["--workdir={run}", "--step=3"], "no step 3 (steps there: [14, 16])"),
+        (["--workdir={run}", "--folow"], "did you mean --follow?"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny_run, tmp_path, options, says):
+    options = [option.format(run=tiny_run, tmp=tmp_path) for option in options]
+    done = run_module("mmmem_jax.eval_main", *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("eval_main: ")
+    assert says in line
+
+
+def test_follow_gives_up_on_a_run_that_stands_still(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "manager" / "16")
+    assert checkpoints.steps(workdir / "checkpoints" / "manager") == [14]
+    done = run_module("mmmem_jax.eval_main", f"--workdir={workdir}", "--follow", "--timeout=1")
+    assert done.returncode == 2
+    assert "no new checkpoint" in done.stderr.strip().splitlines()[-1]

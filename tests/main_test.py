@@ -1,0 +1,128 @@
+"""Tests of mmmem_jax/main.py as a user starts, kills and starts it again."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mmmem_jax.sib import update as sib
+from mmmem_jax.train import checkpoints, world_job
+from mmmem_jax.train.metrics import TIMINGS, read_metrics
+from tests.conftest import REPO, TINY, TINY_CONFIG, run_module
+
+
+def final_state(workdir):
+    """(state, Grain position, step) that the run ended with."""
+    config = ConfigDict(checkpoints.read_config(workdir))
+    start = sib.init_state(
+        world_job.make_models(config).manager,
+        world_job.manager_optimizer(config),
+        jax.random.key(0),
+    )
+    return checkpoints.load(workdir / "checkpoints" / "manager", start)
+
+
+def rows_of(workdir) -> list[dict]:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def before_manager(tiny_run, workdir):
+    """A copy of the run as it was when its reader was ready."""
+    shutil.copytree(tiny_run, workdir, ignore=shutil.ignore_patterns("manager", "eval"))
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if r["phase"] != "manager"]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_a_run_logs_all_its_phases(tiny_run):
+    steps = {}
+    for row in read_metrics(tiny_run / "metrics.jsonl"):
+        steps.setdefault(row["phase"], []).append(row["step"])
+        assert all(np.isfinite(v) for k, v in row.items() if k != "phase")
+    expected = {p: TINY[f"{p}.num_steps"] for p in ("perception", "reader", "manager")}
+    assert steps == {phase: list(range(1, n + 1)) for phase, n in expected.items()}
+    assert any(f.name.startswith("events.") for f in (tiny_run / "tensorboard").iterdir())
+
+
+def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    before_manager(tiny_run, workdir)
+    folder = workdir / "checkpoints" / "manager"
+    command = [sys.executable, "-m", "mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while not checkpoints.steps(folder) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    saved = max(checkpoints.steps(folder))
+    assert 0 < saved < TINY["manager.num_steps"]
+    done = run_module("mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    (state, data, step), (state_again, data_again, step_again) = map(
+        final_state, (tiny_run, workdir)
+    )
+    assert step == step_again == TINY["manager.num_steps"]
+    assert data == data_again
+    jax.tree.map(np.testing.assert_array_equal, state, state_again)
+    assert rows_of(tiny_run) == rows_of(workdir)
+
+
+def test_a_workdir_of_another_config_is_refused(tiny_run):
+    before = (tiny_run / "metrics.jsonl").read_bytes()
+    options = [*TINY_CONFIG, "--config.sib.credit=state", f"--workdir={tiny_run}"]
+    done = run_module("mmmem_jax.main", *options)
+    assert done.returncode == 2
+    assert "sib.credit: step there, state here" in done.stderr
+    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    options = [*TINY_CONFIG, "--config.manager.learning_rate=nan", f"--workdir={workdir}"]
+    before_manager(tiny_run, workdir)
+    (workdir / "config.json").unlink()
+    done = run_module("mmmem_jax.main", *options)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("main: manager step ")
+    assert "not finite" in last
+    assert "config.manager.learning_rate" in last
+    assert all(row["phase"] != "manager" or np.isfinite(row["loss"]) for row in rows_of(workdir))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdr=runs/x"], "did you mean --workdir?"),
+        (["--workdir=runs/x", "--config.manager.learning_rat=1"], "'manager.learning_rate'?"),
+        (["--workdir=runs/x", "--config=configs/sib_grp.py"], "configs/sib_grpo.py?"),
+        (["--workdir=runs/x", "--config=configs/sib_grpo.py:smok"], "smoke"),
+        (["--workdir=runs/x", "--config.job=wrld"], "it must be one of world, text"),
+        (["--workdir=runs/x", "runs/y"], "unexpected argument"),
+    ],
+)
+def test_a_mistake_is_one_line(options, says):
+    done = run_module("mmmem_jax.main", *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("main: ")
+    assert says in line
+    assert not (REPO / "runs" / "x").exists()
+
+
+def test_help_explains_itself():
+    done = run_module("mmmem_jax.main", "--help")
+    assert done.returncode == 0
+    for word in ("--workdir", "--config", "sib_grpo.py:smoke", "resumes"):
+        assert word in done.stdout
