@@ -36,7 +36,13 @@ def command() -> str:
     """The command line that is running."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {module.name}" if module else sys.argv[0]
-    return " ".join(["python", program, *sys.argv[1:]])
+    return " ".join(["python", program, *map(_without_machine, sys.argv[1:])])
+
+
+def _without_machine(argument: str) -> str:
+    """`--flag=/some/where/name` as `--flag=name`: where a folder lies says nothing of a result."""
+    flag, equals, value = argument.rpartition("=")
+    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def provenance() -> dict:

@@ -86,9 +86,10 @@ def rollout(
     if credit not in CREDITS:
         raise ValueError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}")
     b, t = items.valid.shape
-    block = t if credit == "trajectory" else block_size
-    if t % block:
-        raise ValueError(f"streams of {t} chunks do not divide into blocks of {block}")
+    if credit != "trajectory" and t % block_size:
+        raise ValueError(f"streams of {t} chunks do not divide into blocks of {block_size}")
+    # An empty stream is one unit without a decision.
+    num_units = 1 if credit == "trajectory" or not t else t // block_size
     keys = shard(group_keys(rng_key, b, num_generations))
     states = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (b, num_generations, *jnp.shape(x))), init_state
@@ -96,7 +97,7 @@ def rollout(
     # Without the barrier XLA evaluates the reader on the constant empty memory while compiling.
     states = jax.lax.optimization_barrier(shard(states))
     units = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(b, t // block, block, *x.shape[2:]), 1, 0), items
+        lambda x: jnp.moveaxis(x.reshape(b, num_units, t // num_units, *x.shape[2:]), 1, 0), items
     )
 
     def one(key, state, chunk):
