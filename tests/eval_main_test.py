@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
+from configs import sib_grpo
 from mmmem_jax.policies import rules
 from mmmem_jax.train import checkpoints
 from tests.conftest import TINY, run_module
 
+SLOTS = sib_grpo.get_config().memory.episodic_slots
 NAMES = {"learned", "unlimited"} | {
     rule.name
     for rule in rules.fixed_rules(8, 2, similarity=0.5, surprise_change=0.5, half_life=1.0)
@@ -46,7 +48,7 @@ def test_results_hold_every_policy_on_the_same_questions(evaluated):
     for policy in results["policies"]:
         assert 0 <= policy["accuracy"] <= 1
         assert sum(row["n"] for row in policy["by_family"]) == results["num_questions"]
-        assert policy["name"] == "unlimited" or policy["slots"] <= 24
+        assert policy["name"] == "unlimited" or policy["slots"] <= SLOTS
 
 
 def test_every_question_has_a_row(evaluated):
