@@ -91,6 +91,8 @@ def main() -> None:
         "--workdir", type=Path, help="default: runs/benchmarks/egolife_{quick,full}"
     )
     args = parser.parse_args()
+    if not args.data_dir:
+        sys.exit("egolife: no data; give --data_dir=DIR or set MMMEM_EGOLIFE_DIR")
     kind = "full" if args.full else "quick"
     flags.log_plainly()
     try:
