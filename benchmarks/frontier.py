@@ -1,7 +1,7 @@
 """The rate weight beta1 of eq. 10 trades accuracy for tokens held: the rate-accuracy frontier.
 
     python benchmarks/frontier.py --workdir=RUN          # two short points
-    python benchmarks/frontier.py --workdir=RUN --full   # five points
+    python benchmarks/frontier.py --workdir=RUN --full   # four points of 120 updates
 
 RUN is a finished run of configs/sib_grpo.py, whose eye and reader are used. Keys of the last line:
 points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats), num_steps.
@@ -22,7 +22,7 @@ from mmmem_jax.evals import protocol, world_eval
 from mmmem_jax.train import checkpoints, world_job
 from mmmem_jax.train.metrics import read_metrics
 
-BETA1 = (0.0, 5e-4, 2e-3, 4e-3, 8e-3)
+BETA1 = (0.0, 5e-4, 2e-3, 8e-3)
 
 
 def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_steps: int) -> dict:
@@ -52,7 +52,7 @@ def main() -> None:
     flags.log_plainly()
     base = common.workdir(args, "learning")
     run = world_eval.load_run(base)
-    num_steps = 200 if args.full else 2 * run.config.manager.log_every
+    num_steps = 120 if args.full else 2 * run.config.manager.log_every
     points = [
         measure(run, base, base / "frontier" / f"{num_steps}_{beta1:g}", beta1, num_steps)
         for beta1 in (BETA1 if args.full else BETA1[:2])
