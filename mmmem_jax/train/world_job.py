@@ -84,6 +84,18 @@ def _fit_config(section: ConfigDict, **kwargs) -> FitConfig:
     return FitConfig(section.num_steps, section.log_every, section.save_every, **kwargs)
 
 
+def _stream_loader(
+    config: ConfigDict, section: ConfigDict, streams: EncodedStream
+) -> grain.DatasetIterator:
+    """Batches of streams for a phase, shuffled and endless."""
+    return encoded.make_loader(
+        streams,
+        seed=config.seed,
+        batch_size=section.batch_size,
+        questions_per_stream=section.questions_per_stream,
+    )
+
+
 def _frame_loader(config: ConfigDict) -> grain.DatasetIterator:
     """Batches (frames, shown words) of the perception split, shuffled and endless."""
     streams = make_streams(config, "perception", config.streams.perception)
@@ -168,12 +180,7 @@ def train_reader(
         "reader",
         state.init_state(params, optimizer, _phase_key(config, "reader")),
         state.make_update(loss_fn, optimizer),
-        encoded.make_loader(
-            train,
-            seed=config.seed,
-            batch_size=section.batch_size,
-            questions_per_stream=section.questions_per_stream,
-        ),
+        _stream_loader(config, section, train),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=_fit_config(section, shown=("loss", "accuracy", "accuracy_unlimited")),
@@ -232,12 +239,7 @@ def train_manager(
         "manager",
         sharding.replicate(mesh, sib.init_state(model, optimizer, _phase_key(config, "manager"))),
         update,
-        encoded.make_loader(
-            train,
-            seed=config.seed,
-            batch_size=section.batch_size,
-            questions_per_stream=section.questions_per_stream,
-        ),
+        _stream_loader(config, section, train),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=dataclasses.replace(
