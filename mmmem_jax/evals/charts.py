@@ -1,4 +1,4 @@
-"""Geometry of the report's charts: what report.html.jinja draws, in pixels of each chart.
+"""Geometry of the reports' charts: what macros.html.jinja draws, in pixels of each chart.
 
 `results` and `metrics` are plain JSON in which any key may be missing; a chart without a point is
 None.
@@ -42,6 +42,7 @@ CURVES = (
     ("manager", "relevance bound on I(M;Y)", {"bound_relevance": "bound"}),
     ("manager", "rate bound on I(X;M)", {"bound_rate": "bound"}),
     ("manager", "decisions per second", {"decisions_per_s": "decisions/s"}),
+    ("held-out", "by checkpoint", {"accuracy": "accuracy", "recall": "evidence recall"}),
 )
 
 
@@ -152,23 +153,31 @@ def curves(metrics: list[dict]) -> list[dict]:
     return panels
 
 
-def frontier(results: dict) -> dict | None:
-    """Accuracy by tokens held, one line a policy, the compared ones on top."""
+def frontier(
+    results: dict,
+    *,
+    x: str = "tokens",
+    x_label: str = "tokens held (log scale)",
+    y_label: str = "accuracy",
+    width: int = 760,
+    height: int = 360,
+) -> dict | None:
+    """Accuracy by the budget `x` of each row, one line a policy, the compared ones on top."""
     best, lines = table.best_rule(results), {}
     for row in results.get("frontier") or []:
-        tokens, accuracy = finite(row.get("tokens")), finite(row.get("accuracy"))
-        if tokens and tokens > 0 and accuracy is not None:
+        budget, accuracy = finite(row.get(x)), finite(row.get("accuracy"))
+        if budget and budget > 0 and accuracy is not None:
             points = lines.setdefault(str(row.get("policy")), [])
-            points.append((tokens, accuracy, finite(row.get("se"))))
+            points.append((budget, accuracy, finite(row.get("se"))))
     order = ("other", "unlimited", "rule", "learned")
     series = [
         {"name": name, "style": table.role(name, best), "points": points}
         for name, points in lines.items()
     ]
     series.sort(key=lambda line: order.index(line["style"]))
-    alt = "Accuracy against tokens held; the numbers are in the table below the figure."
-    labels = {"x_label": "tokens held (log scale)", "y_label": "accuracy", "alt": alt}
-    return _plot(series, width=760, height=360, log_x=True, **labels)
+    alt = f"{y_label} against {x_label}; the numbers are in the table of the section."
+    labels = {"x_label": x_label, "y_label": y_label, "alt": alt}
+    return _plot(series, width=width, height=height, log_x=True, **labels)
 
 
 def _grouped(results: dict, key: str, name_of) -> tuple[list, list[dict]]:
@@ -181,7 +190,7 @@ def _grouped(results: dict, key: str, name_of) -> tuple[list, list[dict]]:
     return list(dict.fromkeys(name for policy in policies for name in policy["rows"])), policies
 
 
-def families(results: dict) -> dict | None:
+def families(results: dict, *, value_name: str = "accuracy") -> dict | None:
     """One row a family, one mark a compared policy."""
     names, policies = _grouped(results, "by_family", lambda row: row.get("family"))
     if not names:
@@ -213,10 +222,12 @@ def families(results: dict) -> dict | None:
         "rows": rows,
         "names": names,
         "policies": policies,
+        "value_name": value_name,
+        "alt": f"{value_name} by group of questions; the numbers are in the table below.",
     }
 
 
-def ages(results: dict) -> dict | None:
+def ages(results: dict, *, unit: str = "days", value_name: str = "accuracy") -> dict | None:
     """Accuracy by age of the evidence, one line a compared policy."""
 
     def bounds(row):
@@ -239,8 +250,8 @@ def ages(results: dict) -> dict | None:
         }
         for policy in reversed(policies)
     ]
-    alt = "Accuracy by age of the evidence; the numbers are in the table below the figure."
-    labels = {"x_label": "age of the evidence, days", "y_label": "accuracy", "alt": alt}
+    alt = f"{value_name} by age of the evidence; the numbers are in the table below the figure."
+    labels = {"x_label": f"age of the evidence, {unit}", "y_label": value_name, "alt": alt}
     chart = _plot(series, width=760, height=320, names=names, **labels)
     return chart and chart | {"names": names, "groups": groups, "policies": policies}
 

@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file that needs nothing else: no script, no font, no network.
+"""A world run's evaluation as one HTML file that needs nothing else: no script, font or network.
 
 Input is plain JSON in which any key may be missing or empty: the page then says what is not there.
 """
@@ -15,7 +15,7 @@ from mmmem_jax.evals.table import finite
 from mmmem_jax.memory.types import LEVELS
 
 
-def _against_rule(learned: dict, rule: dict) -> str:
+def _against_rule(learned: dict, rule: dict, does: str) -> str:
     ours = table.plus_minus(learned["accuracy"], learned.get("se"))
     theirs = f"{rule['name']}, {table.plus_minus(rule['accuracy'], rule.get('se'))}"
     gain = 100 * (learned["accuracy"] - rule["accuracy"])
@@ -33,13 +33,15 @@ def _against_rule(learned: dict, rule: dict) -> str:
             f"{theirs}, a difference of {points}, within two standard errors."
         )
     return (
-        f"The learned manager answers {ours} of the questions, {points} above the best fixed rule "
+        f"The learned manager {does} {ours} of the questions, {points} above the best fixed rule "
         f"({theirs})."
     )
 
 
-def headline(results: dict) -> str:
+def headline(results: dict, *, does: str = "answers") -> str:
     """What the results say about learned against the best rule against unlimited memory.
+
+    `does` is what a policy does with the share of the questions that `accuracy` holds.
 
     Errors of a difference are those of two independent samples, larger than for shared questions.
     """
@@ -53,29 +55,31 @@ def headline(results: dict) -> str:
         return "No policy was evaluated."
     said = []
     if learned and rule:
-        said.append(_against_rule(learned, rule))
+        said.append(_against_rule(learned, rule, does))
     elif learned:
         ours = table.plus_minus(learned["accuracy"], learned.get("se"))
         said.append(
-            f"The learned manager answers {ours} of the questions; no fixed rule was evaluated."
+            f"The learned manager {does} {ours} of the questions; no fixed rule was evaluated."
         )
     else:
         said.append("No learned manager was evaluated.")
         if rule:
             best = table.plus_minus(rule["accuracy"], rule.get("se"))
-            said.append(f"The best fixed rule ({rule['name']}) answers {best}.")
+            said.append(f"The best fixed rule ({rule['name']}) {does} {best} of the questions.")
     if unlimited:
         reach = table.plus_minus(unlimited["accuracy"], unlimited.get("se"))
-        said.append(f"Unlimited memory answers {reach}.")
+        said.append(f"Unlimited memory {does} {reach} of them.")
         if learned and rule and learned["accuracy"] > rule["accuracy"] < unlimited["accuracy"]:
             gap = unlimited["accuracy"] - rule["accuracy"]
             closed = (learned["accuracy"] - rule["accuracy"]) / gap
-            said.append(f"Learning closes {closed:.0%} of the gap from that rule to it.")
+            part = f"{closed:.0%} of" if closed <= 1 else "more than"
+            said.append(f"Learning closes {part} the gap from that rule to it.")
     return " ".join(said)
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this folder, everything escaped, with the helpers that the macros use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmmem_jax.evals", ""),
         autoescape=True,
@@ -84,19 +88,18 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = table.number
-    return environment.get_template("report.html.jinja")
+    environment.globals |= {"plus_minus": table.plus_minus, "role": table.role}
+    return environment.get_template(name)
 
 
 def render(results: dict, metrics: list[dict]) -> str:
     """The page as text; see `write_report`."""
     example = results.get("example") or {}
-    return _template().render(
+    return template("report.html.jinja").render(
         results=results,
         headline=headline(results),
         policies=table.ordered(results),
         best=table.best_rule(results),
-        plus_minus=table.plus_minus,
-        role=table.role,
         curves=charts.curves(metrics),
         frontier=charts.frontier(results),
         families=charts.families(results),
@@ -111,7 +114,7 @@ def render(results: dict, metrics: list[dict]) -> str:
 
 
 def write_report(results: dict, metrics: list[dict], path: Path) -> None:
-    """Writes the evaluation as one self-contained HTML file, whole or not at all.
+    """Writes the evaluation as one self-contained HTML file.
 
     Args:
       results: what the evaluation protocol measured, plain JSON. In `example`, `step` of a slot is
@@ -119,7 +122,11 @@ def write_report(results: dict, metrics: list[dict], path: Path) -> None:
       metrics: rows of metrics.jsonl: {"phase": "perception" | "reader" | "manager", "step", ...}.
       path: the file to write; its folder exists.
     """
-    page = render(results, metrics)
+    write_page(render(results, metrics), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Writes a page, whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(page, encoding="utf-8")

@@ -10,7 +10,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-LEARNED, UNLIMITED = "learned", "unlimited"
+LEARNED, ORACLE, UNLIMITED = "learned", "oracle_askable", "unlimited"
+NOT_RULES = (LEARNED, ORACLE, UNLIMITED)
 COLORS = {"learned": "#1d5fd1", "rule": "#c2570c", "unlimited": "#5b6472", "other": "#aab2be"}
 
 
@@ -53,14 +54,14 @@ def find(results: dict, name: str) -> dict | None:
 def best_rule(results: dict) -> dict | None:
     """The fixed rule of highest accuracy, None if no rule has one."""
     named = [p for p in results.get("policies") or [] if p.get("name")]
-    rules = [p for p in named if p["name"] not in (LEARNED, UNLIMITED)]
+    rules = [p for p in named if p["name"] not in NOT_RULES]
     best = max(rules, key=_accuracy, default=None)
     return best if best and finite(best.get("accuracy")) is not None else None
 
 
 def ordered(results: dict) -> list[dict]:
-    """Policies as shown everywhere: learned, the rules by falling accuracy, unlimited."""
-    place = {LEARNED: 0, UNLIMITED: 2}
+    """Policies as shown everywhere: learned, the rules by falling accuracy, oracle, unlimited."""
+    place = {LEARNED: 0, ORACLE: 2, UNLIMITED: 3}
     return sorted(
         results.get("policies") or [], key=lambda p: (place.get(p.get("name"), 1), -_accuracy(p))
     )
@@ -115,7 +116,7 @@ def format_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _draw_policies(ax, results: dict) -> None:
+def _draw_policies(ax, results: dict, value_name: str) -> None:
     """One bar a policy, learned at the top."""
     shown = [p for p in ordered(results) if finite(p.get("accuracy")) is not None]
     best = best_rule(results)
@@ -128,10 +129,10 @@ def _draw_policies(ax, results: dict) -> None:
     ax.set_yticks(range(len(shown)), [str(p.get("name")) for p in shown])
     ax.invert_yaxis()
     ax.set_xlim(0, max([1.0, *(a + e + 0.1 for a, e in zip(accuracy, errors, strict=True))]))
-    ax.set(xlabel="accuracy ± one standard error", title="At the same budget")
+    ax.set(xlabel=f"{value_name} ± one standard error", title="At the same budget")
 
 
-def _draw_families(ax, results: dict) -> None:
+def _draw_families(ax, results: dict, value_name: str, group_name: str) -> None:
     """One group of bars a family: learned, the best rule, unlimited."""
     shown = compared(results)
     names = [row.get("family") for _, p in shown for row in p.get("by_family") or []]
@@ -147,18 +148,27 @@ def _draw_families(ax, results: dict) -> None:
         ax.bar(at, heights, width, yerr=errors, ecolor="#222222", **style)
     ax.set_xticks(range(len(names)), [str(n).replace("_", " ") for n in names], rotation=30)
     ax.set_ylim(0, 1)
-    ax.set(ylabel="accuracy ± one standard error", title="By question family")
+    ax.set(ylabel=f"{value_name} ± one standard error", title=f"By {group_name}")
     if names:
         ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def plot_summary(results: dict, path: Path) -> None:
-    """Writes a PNG of 1200 x 500 pixels: accuracy of every policy, and by question family."""
+def plot_summary(
+    results: dict, path: Path, *, value_name: str = "accuracy", group_name: str = "question family"
+) -> None:
+    """Writes a PNG of 1200 x 500 pixels: every policy, and the compared ones by group.
+
+    Args:
+      results: plain JSON; drawn are `accuracy` and `by_family`, whatever they are called.
+      path: the file to write.
+      value_name: what the values are, on the axes.
+      group_name: what the groups are, in the title.
+    """
     with matplotlib.rc_context({"text.parse_math": False}):  # a family may be named "$x$"
         figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
         left, right = figure.subplots(1, 2)
-        _draw_policies(left, results)
-        _draw_families(right, results)
+        _draw_policies(left, results, value_name)
+        _draw_families(right, results, value_name, group_name)
         for ax in (left, right):
             ax.spines[["top", "right"]].set_visible(False)
             if not ax.patches:

@@ -138,7 +138,8 @@ def _metrics():
     for phase, names in (
         ("perception", ["loss", "recall_fine", "recall_coarse"]),
         ("reader", ["loss", "accuracy"]),
-        ("manager", sorted({key for phase, _, keys in charts.CURVES[4:] for key in keys})),
+        ("manager", sorted({key for phase, _, keys in charts.CURVES[4:-1] for key in keys})),
+        ("held-out", ["accuracy", "recall"]),
     ):
         for step in range(0, 1000, 2):
             values = {n: math.exp(-step / 300) * (i + 1) for i, n in enumerate(names)}
