@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 from mmmem_jax import provenance
 from mmmem_jax.data import worlds
 from mmmem_jax.data.encoded import EncodedStream
-from mmmem_jax.errors import UserError
-from mmmem_jax.evals import protocol, report, table
+from mmmem_jax.evals import follow, protocol, report, table
 from mmmem_jax.evals.example import make_example
 from mmmem_jax.evals.protocol import Policy
 from mmmem_jax.memory.types import LEVELS
@@ -176,7 +175,8 @@ def full_evaluation(run: Run, workdir: Path, step: int, learned: Policy) -> dict
         for row in question_rows(run, records):
             file.write(json.dumps(row) + "\n")
     provenance.write_json(out / "results.json", results)
-    report.write_report(results, read_metrics(workdir / "metrics.jsonl"), out / "report.html")
+    metrics = read_metrics(workdir / "metrics.jsonl") + follow.read_curve(workdir)
+    report.write_report(results, metrics, out / "report.html")
     table.plot_summary(results, out / "summary.png")
     return results
 
@@ -188,29 +188,13 @@ def load_learned(run: Run, workdir: Path, step: int | None) -> tuple[Policy, int
     return protocol.learned_policy(model, world_job.memory_config(run.config)), step
 
 
-def follow(run: Run, workdir: Path, *, poll_seconds: float, timeout: float) -> None:
-    """Evaluates the learned manager at every new checkpoint until the last step is there.
+def follow_run(run: Run, workdir: Path, *, poll_seconds: float, timeout: float) -> None:
+    """Evaluates the learned manager at every new checkpoint until the last step is there."""
 
-    Raises:
-      UserError: if nothing new appears for `timeout` seconds.
-    """
-    folder = workdir / "checkpoints" / "manager"
-    seen, waited = -1, 0.0
-    (workdir / "eval").mkdir(exist_ok=True)
-    while seen < run.config.manager.num_steps:
-        newest = max(checkpoints.steps(folder), default=-1)
-        if newest <= seen:
-            if waited >= timeout:
-                raise UserError(
-                    f"no new checkpoint in {folder} for {timeout:.0f} s; is main running?"
-                )
-            time.sleep(poll_seconds)
-            waited += poll_seconds
-            continue
-        policy, seen = load_learned(run, workdir, newest)
+    def evaluate_step(step: int) -> dict:
+        policy, _ = load_learned(run, workdir, step)
         entry = protocol.summarise("learned", evaluate(run, policy), run.streams)
-        row = {"step": seen} | {k: entry[k] for k in ("accuracy", "se", "slots", "tokens")}
-        LOG.info("step %d: accuracy %.3f", seen, entry["accuracy"])
-        with (workdir / "eval" / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        waited = 0.0
+        return {k: entry[k] for k in ("accuracy", "se", "slots", "tokens")}
+
+    num_steps = run.config.manager.num_steps
+    follow.follow(workdir, num_steps, evaluate_step, poll_seconds=poll_seconds, timeout=timeout)
