@@ -5,7 +5,8 @@
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
 
 Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
-results table. --follow evaluates every checkpoint as it appears, until training has ended.
+results. --follow first evaluates every checkpoint as it appears, until training has ended: the
+learned manager alone, one line a checkpoint in curve.jsonl.
 """
 
 from pathlib import Path
@@ -22,7 +23,11 @@ FOLLOW = flags.DEFINE_bool(
     "follow", False, "Evaluate every checkpoint as it appears.", flag_values=FLAGS
 )
 NUM_STREAMS = flags.DEFINE_integer(
-    "num_streams", None, "Held-out streams; the config's number by default.", flag_values=FLAGS
+    "num_streams",
+    None,
+    "Held-out streams of the procedural world; the config's number by default.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 TIMEOUT = flags.DEFINE_integer(
     "timeout", 3600, "Seconds --follow waits for a new checkpoint.", flag_values=FLAGS
@@ -35,7 +40,7 @@ def evaluate_world(workdir: Path) -> None:
 
     run = world_eval.load_run(workdir, num_streams=NUM_STREAMS.value)
     if FOLLOW.value:
-        world_eval.follow(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
+        world_eval.follow_run(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
     learned, step = world_eval.load_learned(run, workdir, STEP.value)
     results = world_eval.full_evaluation(run, workdir, step, learned)
     print(table.format_table(results))
@@ -44,9 +49,21 @@ def evaluate_world(workdir: Path) -> None:
 
 def evaluate_text(workdir: Path) -> None:
     """Evaluates a run on timed text."""
+    if NUM_STREAMS.value is not None:
+        raise UserError(
+            "--num_streams does not apply to a text run, whose held-out streams are those of its"
+            " data; leave it out"
+        )
     from mmmem_jax.evals import text_eval
+    from mmmem_jax.train import text_job
 
-    text_eval.full_evaluation(workdir, step=STEP.value)
+    run = text_eval.load_run(workdir)
+    if FOLLOW.value:
+        text_eval.follow_run(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
+    model, step = text_job.load_manager(run.config, workdir, STEP.value)
+    results = text_eval.full_evaluation(run, workdir, step, model)
+    print(text_eval.format_tables(results["table"]))
+    print(f"report: {workdir / 'eval' / 'report.html'}")
 
 
 JOBS = {"world": evaluate_world, "text": evaluate_text}
@@ -57,6 +74,8 @@ def main(argv: list[str]) -> None:
     del argv
     if not WORKDIR.value:
         raise UserError("--workdir is missing; name the folder of a run of mmmem_jax.main")
+    if FOLLOW.value and STEP.value is not None:
+        raise UserError("--follow ends with the newest checkpoint; leave out --step or --follow")
     from mmmem_jax.train import checkpoints
 
     workdir = Path(WORKDIR.value)

@@ -79,6 +79,8 @@ def test_the_report_needs_nothing_else(evaluated):
         (["--workdir={tmp}"], "has no config.json"),
         (["--workdir={run}", "--step=3"], "no step 3 (steps there: [14, 16])"),
         (["--workdir={run}", "--folow"], "did you mean --follow?"),
+        (["--workdir={run}", "--follow", "--step=16"], "leave out --step or --follow"),
+        (["--workdir={run}", "--num_streams=0"], "is not a positive integer"),
     ],
 )
 def test_a_mistake_is_one_line(tiny_run, tmp_path, options, says):
@@ -88,6 +90,14 @@ def test_a_mistake_is_one_line(tiny_run, tmp_path, options, says):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("eval_main: ")
     assert says in line
+
+
+def test_a_flag_of_the_world_is_refused_by_a_text_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"job": "text"}')
+    done = run_module("mmmem_jax.eval_main", f"--workdir={tmp_path}", "--num_streams=3")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("eval_main: --num_streams does not apply to a text run")
 
 
 def test_follow_gives_up_on_a_run_that_stands_still(tiny_run, tmp_path):

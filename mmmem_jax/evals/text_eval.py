@@ -1,36 +1,111 @@
-"""Evaluation of a text run: every policy at every budget, results.json and the table."""
+"""Evaluation of a text run: every policy at every budget, the results, the report and the table."""
 
 import functools
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mmmem_jax import provenance
-from mmmem_jax.evals import text_policies
+from mmmem_jax.errors import UserError
+from mmmem_jax.evals import follow, text_example, text_policies, text_questions, text_report
+from mmmem_jax.evals.table import NOT_RULES
 from mmmem_jax.evals.text_policies import Setting
-from mmmem_jax.evals.text_protocol import Outcome, Text, prepare, rate, run_policy
+from mmmem_jax.evals.text_protocol import Outcome, Text, prepare, run_policy
+from mmmem_jax.evals.text_questions import KINDS
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.train import checkpoints, text_job
+from mmmem_jax.train.metrics import read_metrics
 
 LOG = logging.getLogger("mmmem_jax")
-NOT_RULES = ("learned", "unlimited", "oracle_askable")
+
+
+class Run(NamedTuple):
+    """A run's config and all streams of its data, ready to be read by any policy."""
+
+    config: ConfigDict
+    texts: list[Text]
+
+
+def load_run(workdir: Path) -> Run:
+    """The config of a workdir and the data it names.
+
+    Raises:
+      UserError: if there is nothing to evaluate, or the data cannot be read.
+    """
+    config = ConfigDict(checkpoints.read_config(workdir))
+    for key in ("shares", "splits"):
+        if not config.eval[key]:
+            raise UserError(f"config.eval.{key} of {workdir} is empty; name one at least")
+    streams = text_job.load_streams(config, with_options=True)
+    return Run(config, prepare(text_job.fit_space(config, streams), streams))
+
+
+class Found(NamedTuple):
+    """Every policy at one share, by name: learned, the rules, the oracle, unlimited memory."""
+
+    makers: dict[str, Callable]  # learned: of the first seed
+    runs: dict[str, list[dict[str, Outcome]]]  # outcomes by split; learned: one a seed
+
+
+def run_all(
+    config: ConfigDict,
+    texts: Sequence[Text],
+    models: Sequence[Manager],
+    *,
+    splits: Sequence[str],
+    shares: Sequence[float],
+) -> Iterator[tuple[str, Found]]:
+    """Each share of the tokens, as text, and what all policies found with it."""
+    run = functools.partial(run_policy, texts=texts, splits=splits, top_k=config.eval.top_k)
+    unlimited = text_policies.unlimited(config)
+    everything = [run(unlimited)]
+    for share in shares:
+        started = time.monotonic()
+        setting = Setting(config, share)
+        ours = text_policies.tuned_managers(setting, models, texts)
+        others = text_policies.fixed_rules(setting, texts)
+        others["oracle_askable"] = text_policies.oracle_askable(setting)
+        runs = {"learned": [run(policy) for policy in ours]}
+        runs |= {name: [run(policy)] for name, policy in others.items()}
+        LOG.info("share %.4g took %.0f s", share, time.monotonic() - started)
+        yield (
+            f"{share:.6g}",
+            Found(
+                {"learned": ours[0], **others, "unlimited": unlimited},
+                runs | {"unlimited": everything},
+            ),
+        )
 
 
 def summarise(name: str, outcome: Outcome) -> dict:
     """A policy's entry of results.json; `accuracy` is that on the made questions."""
     out: dict = {"name": name, "tokens": outcome.tokens, "slots": outcome.slots}
     for prefix, records in (("", outcome.made), ("official_", outcome.labelled)):
-        recall = rate(records.hit, records.has_evidence)
-        accuracy = rate(records.right, records.has_answer)
-        out[f"{prefix}recall"], out[f"{prefix}recall_se"] = recall["mean"], recall["se"]
-        out[f"{prefix}n"] = recall["n"]
-        out[f"{prefix}accuracy"], out[f"{prefix}accuracy_se"] = accuracy["mean"], accuracy["se"]
-        out[f"{prefix}accuracy_n"] = accuracy["n"]
+        out |= {f"{prefix}{key}": value for key, value in text_questions.rates(records).items()}
     return out
+
+
+def entries_of(found: Found, split: str) -> list[dict]:
+    """The entries of one share and split; `seeds` keeps the learned recall of each seed."""
+    out = []
+    for name, runs in found.runs.items():
+        each = [summarise(name, run[split]) for run in runs]
+        out.append(_mean_of_seeds(each) if name == "learned" else each[0])
+    return out
+
+
+def _mean_of_seeds(entries: Sequence[dict]) -> dict:
+    out = dict(entries[0])
+    for key, value in out.items():
+        if isinstance(value, float):
+            out[key] = float(np.mean([entry[key] for entry in entries]))
+    return out | {"seeds": [entry["recall"] for entry in entries]}
 
 
 def compare(
@@ -42,45 +117,12 @@ def compare(
     shares: Sequence[float],
 ) -> dict:
     """{split: {share: [entries]}}: the managers (one a seed), every rule, the oracle, unlimited."""
-    top_k = config.eval.top_k
     results: dict = {split: {} for split in splits}
-    run = functools.partial(run_policy, texts=texts, splits=splits, top_k=top_k)
-    everything = run(text_policies.unlimited(config))
-    train = [text for text in texts if text.stream.split == "train"][-1]
-    for share in shares:
-        started = time.monotonic()
-        setting = Setting(config, share)
-        makers = [
-            functools.partial(
-                text_policies.learned,
-                setting,
-                model,
-                text_policies.margin_spread(model, train.items),
-            )
-            for model in models
-        ]
-        half_life = text_policies.tune(texts, makers[0], text_policies.HALF_LIVES, top_k)
-        LOG.info("share %.4g: learned fades in %.3g h", share, half_life / text_policies.HOUR)
-        ours = [run(make(half_life)) for make in makers]
-        others = text_policies.fixed_rules(setting, texts)
-        others["oracle_askable"] = text_policies.oracle_askable(setting)
-        found = {name: run(policy) for name, policy in others.items()} | {"unlimited": everything}
+    for share, found in run_all(config, texts, models, splits=splits, shares=shares):
         for split in splits:
-            entries = [_mean_of_seeds([summarise("learned", seed[split]) for seed in ours])]
-            entries += [summarise(name, by_split[split]) for name, by_split in found.items()]
-            results[split][f"{share:.6g}"] = entries
-            LOG.info("share %.4g of the tokens, %s\n%s", share, split, format_table(entries))
-        LOG.info("share %.4g took %.0f s", share, time.monotonic() - started)
+            results[split][share] = entries_of(found, split)
+            LOG.info("share %s, %s\n%s", share, split, format_table(results[split][share]))
     return results
-
-
-def _mean_of_seeds(entries: Sequence[dict]) -> dict:
-    """The mean entry; `seeds` keeps the recall of each."""
-    out = dict(entries[0])
-    for key, value in out.items():
-        if isinstance(value, float):
-            out[key] = float(np.mean([entry[key] for entry in entries]))
-    return out | {"seeds": [entry["recall"] for entry in entries]}
 
 
 def best_rule(entries: Sequence[dict], key: str) -> dict | None:
@@ -106,18 +148,112 @@ def format_table(entries: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def full_evaluation(workdir: Path, *, step: int | None = None) -> dict:
-    """Compares all policies at one checkpoint, prints the table, writes eval/results.json."""
-    config = ConfigDict(checkpoints.read_config(workdir))
-    streams = text_job.load_streams(config, with_options=True)
-    model, step = text_job.load_manager(config, workdir, step)
-    texts = prepare(text_job.fit_space(config, streams), streams)
-    table = compare(config, texts, [model], splits=config.eval.splits, shares=config.eval.shares)
-    results = {**provenance.provenance(), "seed": config.seed, "step": step, "table": table}
-    provenance.write_json(workdir / "eval" / "results.json", results)
-    for split, by_share in table.items():
-        for share, entries in by_share.items():
-            print(f"{split}, share of tokens kept {share}")
-            print(format_table(entries))
-    print(f"results: {workdir / 'eval' / 'results.json'}")
+def format_tables(table: dict) -> str:
+    """The table of every split and share, each under a line that names them."""
+    return "\n".join(
+        f"{split}, share of tokens kept {share}\n{format_table(entries)}"
+        for split, by_share in table.items()
+        for share, entries in by_share.items()
+    )
+
+
+def tabulate(run: Run, found: dict[str, Found]) -> dict:
+    """{split: {share: [entries]}} as `compare` gives it, with groups of questions."""
+    table: dict = {}
+    for split in run.config.eval.splits:
+        asked = {
+            prefix: text_questions.asking(run.texts, split, kind) for prefix, kind in KINDS.items()
+        }
+        table[split] = {share: entries_of(at, split) for share, at in found.items()}
+        for share, entries in table[split].items():
+            for entry in entries:
+                outcome = found[share].runs[entry["name"]][0][split]
+                for prefix, kind in KINDS.items():
+                    by = text_questions.groups(asked[prefix], getattr(outcome, kind))
+                    entry |= {f"{prefix}{key}": rows for key, rows in by.items()}
+    return table
+
+
+def learned_and_best(found: Found, split: str) -> list[str]:
+    """Names of the learned manager and of the rule of highest recall, if one has any."""
+    best = best_rule(entries_of(found, split), "recall")
+    return ["learned", best["name"]] if best else ["learned"]
+
+
+def question_rows(run: Run, found: dict[str, Found]) -> Iterator[dict]:
+    """`text_questions.question_rows` of every split, for three of the policies.
+
+    Learned and the best rule (by recall) at each share, and unlimited memory once, as share 1: all
+    policies would be hundreds of thousands of rows on real days.
+    """
+    for split in run.config.eval.splits:
+        chosen = [
+            (name, float(share), at.runs[name][0][split])
+            for share, at in found.items()
+            for name in learned_and_best(at, split)
+        ]
+        (everything,) = next(iter(found.values())).runs["unlimited"]
+        chosen.append(("unlimited", 1.0, everything[split]))
+        yield from text_questions.question_rows(run.texts, split, chosen)
+
+
+def example_of(run: Run, found: dict[str, Found]) -> dict:
+    """The example of the report: learned and the best rule at the first share, last split."""
+    split = run.config.eval.splits[-1]
+    share, at = next(iter(found.items()))
+    names = learned_and_best(at, split)
+    hits = {name: at.runs[name][0][split].made.hit for name in names}
+    makers = {name: at.makers[name] for name in names}
+    example = text_example.make_example(run.config, run.texts, split, makers, hits)
+    return {"split": split, "share": share} | example if example else {}
+
+
+def full_evaluation(run: Run, workdir: Path, step: int, model: Manager) -> dict:
+    """Compares all policies at one checkpoint and writes everything below workdir/eval."""
+    out, settings = workdir / "eval", run.config.eval
+    out.mkdir(exist_ok=True)
+    started = time.monotonic()
+    found = dict(
+        run_all(run.config, run.texts, [model], splits=settings.splits, shares=settings.shares)
+    )
+    streams = [text.stream for text in run.texts if text.stream.split in settings.splits]
+    results = {
+        "title": "What the memory learned to keep of timed text",
+        **provenance.provenance(),
+        "seed": run.config.seed,
+        "step": step,
+        "num_streams": len(streams),
+        "num_questions": sum(len(s.made.questions) + len(s.labelled.questions) for s in streams),
+        "top_k": settings.top_k,
+        "table": tabulate(run, found),
+        "example": example_of(run, found),
+        "seconds": time.monotonic() - started,
+    }
+    with (out / "questions.jsonl").open("w") as file:
+        for row in question_rows(run, found):
+            file.write(json.dumps(row) + "\n")
+    provenance.write_json(out / "results.json", results)
+    metrics = read_metrics(workdir / "metrics.jsonl") + follow.read_curve(workdir)
+    text_report.write_report(results, metrics, out / "report.html")
+    text_report.plot_summary(results, out / "summary.png")
     return results
+
+
+def light_evaluation(run: Run, model: Manager) -> dict:
+    """The learned manager alone, at the first share, on the made questions of the first split."""
+    split, share = run.config.eval.splits[0], run.config.eval.shares[0]
+    (policy,) = text_policies.tuned_managers(Setting(run.config, share), [model], run.texts)
+    top_k = run.config.eval.top_k
+    outcome = run_policy(policy, run.texts, (split,), top_k=top_k, labelled=False)[split]
+    held = {"slots": outcome.slots, "tokens": outcome.tokens}
+    return {"split": split, "share": share, **text_questions.rates(outcome.made), **held}
+
+
+def follow_run(run: Run, workdir: Path, *, poll_seconds: float, timeout: float) -> None:
+    """`light_evaluation` of every new checkpoint of the manager until the last step is there."""
+
+    def evaluate(step: int) -> dict:
+        return light_evaluation(run, text_job.load_manager(run.config, workdir, step)[0])
+
+    num_steps = run.config.manager.num_steps
+    follow.follow(workdir, num_steps, evaluate, poll_seconds=poll_seconds, timeout=timeout)

@@ -6,6 +6,7 @@ Policy.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from mmmem_jax.memory.types import (
 from mmmem_jax.policies import manager, rules, text_rules
 from mmmem_jax.train import text_job
 
+LOG = logging.getLogger("mmmem_jax")
 HOUR = 3600.0
 HALF_LIVES = (HOUR, 2 * HOUR, 4 * HOUR, 8 * HOUR, 16 * HOUR, 1e9)  # s
 SIMILARITIES = (0.3, 0.5, 0.7, 0.9)
@@ -91,6 +93,18 @@ def learned(setting: Setting, model: manager.Manager, spread: float, half_life: 
     decide_fn = _decide_fn(graphdef)
     values = (params, jnp.float32(spread), jnp.float32(half_life))
     return lambda text: Policy("learned", decide_fn, values, setting.memory(text))
+
+
+def tuned_managers(setting: Setting, models: Sequence[manager.Manager], texts: Sequence[Text]):
+    """The managers (one a seed) as makers of policies; the half life is tuned for the first."""
+    train = [text for text in texts if text.stream.split == "train"][-1]
+    makers = [
+        functools.partial(learned, setting, model, margin_spread(model, train.items))
+        for model in models
+    ]
+    half_life = tune(texts, makers[0], HALF_LIVES, setting.config.eval.top_k)
+    LOG.info("share %.4g: learned fades in %.3g h", setting.share, half_life / HOUR)
+    return [make(half_life) for make in makers]
 
 
 @functools.cache

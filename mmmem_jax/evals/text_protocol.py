@@ -36,9 +36,14 @@ class Records(NamedTuple):
     """What a policy's memories answered to Q questions."""
 
     hit: np.ndarray  # [Q] bool, evidence among the top k nodes
+    held: np.ndarray  # [Q] bool, evidence among all nodes of the memory
     has_evidence: np.ndarray  # [Q] bool, some row of the past is evidence
     right: np.ndarray  # [Q] bool, the right option was chosen
     has_answer: np.ndarray  # [Q] bool
+    chosen: np.ndarray  # [Q] int, the option chosen, -1 for none
+
+
+_NONE = Records(*[np.zeros(0, bool)] * 5, chosen=np.zeros(0, int))
 
 
 def prepare(space, streams: Sequence[TextStream]) -> list[Text]:
@@ -120,21 +125,21 @@ def score(asked: Asked, kept: Sequence[Kept], past: Sequence[TextStream], *, top
         rows.append(
             (
                 text_search.recall_at(scores[0], hits, top_k),
+                hits.any(),
                 bool(np.any(span[found, 1] <= when)),
                 chosen is not None and chosen == question.answer,
                 question.answer is not None and len(options) > 0,
+                -1 if chosen is None else chosen,
             )
         )
-    return Records(*np.array(rows, bool).reshape(-1, 4).T)
+    columns = np.array(rows, int).reshape(-1, len(_NONE)).T
+    return Records(*(x.astype(none.dtype) for x, none in zip(columns, _NONE, strict=True)))
 
 
 def _options(asked: Asked) -> Sequence[np.ndarray]:
     """Option embeddings, empty ones where they were not made."""
     empty = np.zeros((0, asked.query.shape[1]), np.float32)
     return asked.options or (empty,) * len(asked.questions)
-
-
-_NONE = Records(*(np.zeros(0, bool) for _ in Records._fields))
 
 
 class Outcome(NamedTuple):
