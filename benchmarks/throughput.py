@@ -12,7 +12,7 @@ Keys: jax, torch, ratio (decisions/s); jax_training counts the whole SIB-GRPO up
 reader, gradient steps); same_actions is the share of actions that agree.
 """
 
-import functools
+import os
 import statistics
 import sys
 import time
@@ -32,7 +32,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.policies import manager
 from mmmem_jax.sib import update as sib
 from mmmem_jax.sib.rollout import group_keys
-from mmmem_jax.train import world_job
+from mmmem_jax.train import sharding, world_job
 
 SEED = 0
 
@@ -45,8 +45,9 @@ def sharp_manager(config) -> manager.Manager:
     return model
 
 
-def jax_rollout(config, model):
+def jax_rollout(config, model, mesh):
     """(rng_key, items [B, T]) -> (states, outputs) of B x G streams that sample their actions."""
+    shard = sharding.make_shard(mesh)
     graphdef, params = nnx.split(model)
     decide_fn = manager.make_decide_fn(graphdef)
     start = memory.init(world_job.memory_config(config))
@@ -58,15 +59,14 @@ def jax_rollout(config, model):
         def one(key, stream):
             return memory.scan(params, key, start, stream, decide_fn=decide_fn)
 
-        return jax.vmap(jax.vmap(one, in_axes=(0, None)))(keys, items)
+        return shard(jax.vmap(jax.vmap(one, in_axes=(0, None)))(shard(keys), items))
 
     return rollout
 
 
 def draws(rng_key, num_chunks: int) -> np.ndarray:
-    """Gumbel noise [T, 3] by which `memory.scan` samples with this key from an empty memory."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, rng_key))(jnp.arange(num_chunks))
-    return np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (3,)))(keys))
+    """Noise [T] by which `memory.scan` samples with this key from an empty memory."""
+    return np.asarray(memory.pyramid.draw_noise(rng_key, jnp.arange(num_chunks))[:, 0])
 
 
 def torch_weights(torch, model) -> dict:
@@ -87,7 +87,7 @@ def same_actions(torch, stepper, weights, memory_config, items, rollout, rng_key
     for b in range(len(items.valid)):
         chunks = stepper.make_chunks(jax.tree.map(lambda x, b=b: np.asarray(x[b]), items))
         other = stepper.TorchMemory(weights, memory_config)
-        noise = torch.tensor(draws(keys[b], len(chunks)))
+        noise = draws(keys[b], len(chunks)).tolist()
         actions, logits = zip(
             *(other.step(*x) for x in zip(chunks, noise, strict=True)), strict=True
         )
@@ -112,7 +112,7 @@ def time_torch(torch, stepper, weights, memory_config, chunks, num_threads: int)
     torch.set_num_threads(num_threads)
     started = time.perf_counter()
     state = stepper.TorchMemory(weights, memory_config)
-    noise = -torch.log(-torch.log(torch.rand(len(chunks), 3)))
+    noise = (1.0 - torch.rand(len(chunks))).tolist()
     for chunk, draw in zip(chunks, noise, strict=True):
         state.step(chunk, draw)
     return len(chunks) / (time.perf_counter() - started)
@@ -125,7 +125,7 @@ def time_jax(run, *args, decisions: int) -> float:
     return decisions / (time.perf_counter() - started)
 
 
-def training(config, model, batch):
+def training(config, model, batch, mesh):
     """A compiled SIB-GRPO update of this batch, and its arguments."""
     graphdef, _ = nnx.split(model)
     reader_graphdef, reader_params = nnx.split(world_job.make_models(config).reader)
@@ -133,13 +133,16 @@ def training(config, model, batch):
     memory_config, options = world_job.memory_config(config), sib.SibConfig(**config.sib)
     retrieval = world_job.retrieval_config(config)
     task = sib.reader_task(reader_graphdef, reader_params, options.task, memory_config, retrieval)
-    update = sib.make_update(graphdef, task, optimizer, memory_config, options)
-    return jax.jit(update), (sib.init_state(model, optimizer, jax.random.key(SEED)), batch)
+    shard = sharding.make_shard(mesh)
+    update = sib.make_update(graphdef, task, optimizer, memory_config, options, shard=shard)
+    state = sib.init_state(model, optimizer, jax.random.key(SEED))
+    return jax.jit(update), (sharding.replicate(mesh, state), batch)
 
 
 def measure(full: bool, workdir: Path) -> dict:
     """Both rates from rounds that take turns, so that a busy moment of the machine meets both."""
     del workdir
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # streams are split over the cores
     try:
         import torch
 
@@ -150,10 +153,11 @@ def measure(full: bool, workdir: Path) -> dict:
     memory_config, model = world_job.memory_config(config), sharp_manager(config)
     eye = world_job.make_models(config).eye
     made = world_job.make_streams(config, "test", config.manager.batch_size)
-    streams = world_job.encode_streams(eye, made, config.dim)
+    mesh = sharding.make_mesh(data=-1, group=1)
+    streams = sharding.put_batch(mesh, world_job.encode_streams(eye, made, config.dim))
     items = encoded.to_items(streams)
-    rollout, rng_key = jax_rollout(config, model), jax.random.key(SEED)
-    update, arguments = training(config, model, streams)
+    rollout, rng_key = jax_rollout(config, model, mesh), jax.random.key(SEED)
+    update, arguments = training(config, model, streams, mesh)
     decisions = items.valid.size * config.sib.num_generations
     stepper, rates = torch_stepper, {"jax": [], "jax_training": [], "torch_1": [], "torch_2": []}
     with torch.inference_mode():
@@ -179,6 +183,7 @@ def measure(full: bool, workdir: Path) -> dict:
         "same_actions": agree,
         "torch_threads": 1 if best == median["torch_1"] else 2,
         "streams_at_once": decisions // config.world.num_chunks,
+        "devices": mesh.size,
         "quartiles": {k: np.quantile(v, (0.25, 0.75)).tolist() for k, v in rates.items()},
         "torch_version": torch.__version__,
         "seeds": [SEED, config.seed],

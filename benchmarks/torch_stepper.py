@@ -35,9 +35,13 @@ def make_chunks(items: Item) -> list[Chunk]:
     return [Chunk(*row) for row in zip(*vectors, *(x.tolist() for x in scalars), strict=True)]
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b)
-    return (a @ b) / norm.clamp(min=1e-6)
+def _cosine(a: torch.Tensor, b: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    return (a @ b) / (norm * torch.linalg.vector_norm(b)).clamp(min=1e-6)
+
+
+def _key(text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    pair = torch.stack([text, visual])
+    return (pair / torch.linalg.vector_norm(pair, dim=-1, keepdim=True).clamp(min=1e-6)).flatten()
 
 
 class Table:
@@ -74,20 +78,21 @@ class TorchMemory:
         self.episodes = Table(n2)
         self.prototypes = torch.zeros(n2, config.num_prototypes, d)
         self.prototype_count = torch.zeros(n2, config.num_prototypes)
-        self.text = torch.zeros(n2, d)
+        self.text, self.key = torch.zeros(n2, d), torch.zeros(n2, 2 * d)
         self.count, self.source_tokens, self.node_id = [0] * n2, [0] * n2, [-1] * n2
         self.latest, self.next_id = -1, 0
         self.entities = Table(n3)
-        self.embedding = torch.zeros(n3, d)
+        self.embedding, self.norm = torch.zeros(n3, d), torch.zeros(n3)
         self.gloss, self.profile = torch.zeros(n3, d), torch.zeros(n3, d)
         self.mentions = [0] * n3
         self.grounding = torch.zeros(n3, n2, dtype=torch.bool)
         self.relations: dict[tuple[int, int, int], float] = {}
 
-    def step(self, chunk: Chunk, noise: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Decides on a chunk by Gumbel `noise` [3] and updates; the action and the logits [3]."""
+    def step(self, chunk: Chunk, noise: float) -> tuple[int, torch.Tensor]:
+        """Decides on a chunk by `noise` in (0, 1] and updates; the action and the logits [3]."""
         logits = self._logits(chunk)
-        action = int(torch.argmax(torch.log_softmax(logits, -1) + noise))
+        add, merge, _ = torch.softmax(logits, -1).tolist()
+        action = (noise > add) + (noise > add + merge)
         add, _, discard = logits.tolist()
         self._update(chunk, action, add - discard)
         return action, logits
@@ -103,11 +108,8 @@ class TorchMemory:
         return linear(x, w["out.kernel"], w["out.bias"])
 
     def _similarity(self, chunk: Chunk) -> torch.Tensor:
-        count = self.prototype_count
-        visual = (self.prototypes * count[..., None]).sum(1) / count.sum(1).clamp(min=1)[:, None]
         channels = float(chunk.text.any()) + float(chunk.coarse.any())
-        total = _cosine(self.text, chunk.text) + _cosine(visual, chunk.coarse)
-        return total / max(channels, 1.0)
+        return self.key @ _key(chunk.text, chunk.coarse) / max(channels, 1.0)
 
     def _context(self, chunk: Chunk) -> torch.Tensor:
         near = torch.where(self.episodes.valid, self._similarity(chunk), -1.0).tolist()
@@ -115,8 +117,9 @@ class TorchMemory:
         age = max(chunk.span[0] - self.episodes.span[latest][1], 0.0)
         held = sum(x > -math.inf for x in self.episodes.strength)
         full = held == len(near)
-        same = torch.where(self.entities.valid, _cosine(self.embedding, chunk.mention[0]), -1.0)
+        same = torch.where(self.entities.valid, self._alike(chunk.mention[0]), -1.0)
         known, entity = torch.max(same, 0)
+        gloss = self.gloss[entity]
         return torch.tensor(
             [
                 near[latest] * has_latest,
@@ -127,10 +130,13 @@ class TorchMemory:
                 float(full),
                 math.tanh(min(self.episodes.strength) / 4.0) if full else -1.0,
                 known.item(),
-                _cosine(self.gloss[entity], chunk.text).item(),
+                _cosine(gloss, chunk.text, torch.linalg.vector_norm(gloss)).item(),
                 float(has_latest),
             ]
         )
+
+    def _alike(self, mention: torch.Tensor) -> torch.Tensor:
+        return _cosine(self.embedding, mention, self.norm)
 
     def _update(self, chunk: Chunk, action: int, strength: float) -> None:
         if action == MERGE and self.latest >= 0:
@@ -160,7 +166,7 @@ class TorchMemory:
         self.prototypes[slot, 0] = chunk.coarse
         self.prototype_count[slot] = 0.0
         self.prototype_count[slot, 0] = float(chunk.coarse.any())
-        self.text[slot] = chunk.text
+        self.text[slot], self.key[slot] = chunk.text, _key(chunk.text, chunk.coarse)
         self.count[slot], self.source_tokens[slot] = 1, chunk.tokens
         self.node_id[slot] = self.next_id
         self.grounding[:, slot] = False
@@ -169,7 +175,8 @@ class TorchMemory:
     def _merge(self, slot: int, chunk: Chunk, strength: float) -> None:
         if chunk.coarse.any():
             count, centres = self.prototype_count[slot], self.prototypes[slot]
-            near = torch.where(count > 0, _cosine(centres, chunk.coarse), -torch.inf)
+            norm = torch.linalg.vector_norm(centres, dim=-1)
+            near = torch.where(count > 0, _cosine(centres, chunk.coarse, norm), -torch.inf)
             k, unused = int(torch.argmax(near)), int(torch.argmin(count))
             if near[k] < self.config.prototype_similarity and count[unused] == 0:
                 k = unused
@@ -179,6 +186,8 @@ class TorchMemory:
         self.source_tokens[slot] += chunk.tokens
         weight = chunk.tokens / max(self.source_tokens[slot], 1)
         self.text[slot] += weight * (chunk.text - self.text[slot])
+        visual = self.prototype_count[slot] @ self.prototypes[slot]
+        self.key[slot] = _key(self.text[slot], visual)
         self.count[slot] += 1
         table.put(
             slot,
@@ -190,13 +199,14 @@ class TorchMemory:
     def _mention(self, chunk: Chunk, mention: torch.Tensor, episode: int, strength: float) -> int:
         """Merges one mention into its entity, or opens one; the slot, -1 if it is not kept."""
         table = self.entities
-        near = torch.where(table.valid, _cosine(self.embedding, mention), -torch.inf)
+        near = torch.where(table.valid, self._alike(mention), -torch.inf)
         score, slot = torch.max(near, 0)
         slot, text = int(slot), chunk.text if chunk.text.any() else chunk.coarse
         if score >= self.config.entity_similarity:
             self.mentions[slot] += 1
             rate = 1.0 / self.mentions[slot]
             self.embedding[slot] += rate * (mention - self.embedding[slot])
+            self.norm[slot] = torch.linalg.vector_norm(self.embedding[slot])
             self.gloss[slot] += self.config.gloss_rate * (text - self.gloss[slot])
             self.profile[slot] += rate * (text - self.profile[slot])
             strength = max(table.strength[slot], strength)
@@ -210,7 +220,7 @@ class TorchMemory:
         self.relations = {e: t for e, t in self.relations.items() if slot not in (e[0], e[2])}
         table.put(slot, strength, chunk.span, chunk.tokens)
         self.embedding[slot], self.gloss[slot], self.profile[slot] = mention, text, text
-        self.mentions[slot] = 1
+        self.mentions[slot], self.norm[slot] = 1, torch.linalg.vector_norm(mention)
         self.grounding[slot] = False
         self.grounding[slot, episode] = True
         return slot

@@ -13,12 +13,13 @@ from mmmem_jax.memory.types import ADD_NEW, MERGE, EpisodicStream, Item, MemoryC
 
 @struct.dataclass
 class EpisodicUpdate:
-    """What an update did: slots `cleared` hold another node, or none, than before."""
+    """What an update did."""
 
     slot: Int[Array, ""]  # slot that took the item, -1 if none did
     node_id: Int[Array, ""]
     tokens_added: Int[Array, ""]
-    cleared: Bool[Array, "N2"]
+    replaced: Int[Array, ""]  # slot that holds another node than before, -1 if none does
+    dropped: Bool[Array, "N2"] | None = None  # slots emptied to fit the budget, if there is one
 
 
 def init(config: MemoryConfig) -> EpisodicStream:
@@ -28,6 +29,7 @@ def init(config: MemoryConfig) -> EpisodicStream:
         prototypes=jnp.zeros((n, k, d)),
         prototype_count=jnp.zeros((n, k), jnp.int32),
         text=jnp.zeros((n, d)),
+        key=jnp.zeros((n, 2 * d)),
         span=jnp.zeros((n, 2)),
         count=jnp.zeros(n, jnp.int32),
         tokens=jnp.zeros(n, jnp.int32),
@@ -51,7 +53,7 @@ def _merge_prototypes(prototypes, count, visual, threshold):
     """One step of sequential K-means: join the nearest centre, or open an unused one if far."""
     seen = jnp.any(visual != 0)
     similarity = jnp.where(count > 0, slots.cosine(prototypes, visual), -jnp.inf)
-    nearest, unused = jnp.argmax(similarity), jnp.argmin(count)
+    nearest, unused = slots.argmax(similarity), slots.argmin(count)
     far = (similarity[nearest] < threshold) & (count[unused] == 0)
     k = jnp.where(far, unused, nearest)
     new_count = count[k] + 1
@@ -62,6 +64,11 @@ def _merge_prototypes(prototypes, count, visual, threshold):
     )
 
 
+def _key(text, visual):
+    """What similarity reads of a node or an item: text and visual side by side, unit lengths."""
+    return jnp.concatenate([slots.unit(text), slots.unit(visual)], axis=-1)
+
+
 def _node_from_item(item: Item, strength, next_id, num_prototypes: int):
     """Rows of a node that holds one item."""
     dim = item.coarse.shape[-1]
@@ -70,6 +77,7 @@ def _node_from_item(item: Item, strength, next_id, num_prototypes: int):
         "prototypes": jnp.zeros((num_prototypes, dim)).at[0].set(item.coarse),
         "prototype_count": jnp.zeros(num_prototypes, jnp.int32).at[0].set(seen),
         "text": item.text,
+        "key": _key(item.text, item.coarse),
         "span": item.span,
         "count": jnp.asarray(1, jnp.int32),
         "tokens": item.tokens,
@@ -88,10 +96,12 @@ def _node_with_item(node, item: Item, strength, config: MemoryConfig):
     )
     read = node["source_tokens"] + item.tokens
     weight = item.tokens / jnp.maximum(read, 1)
+    text = node["text"] + weight * (item.text - node["text"])
     return {
         "prototypes": prototypes,
         "prototype_count": prototype_count,
-        "text": node["text"] + weight * (item.text - node["text"]),
+        "text": text,
+        "key": _key(text, prototype_count @ prototypes),
         "span": jnp.stack(
             [
                 jnp.minimum(node["span"][0], item.span[0]),
@@ -115,12 +125,8 @@ def merged_tokens(item: Item, config: MemoryConfig) -> Int[Array, ""]:
 
 def similarity(stream: EpisodicStream, item: Item) -> Float[Array, "N2"]:
     """Mean of the cosines of text and of visual prototypes with the item's, in [-1, 1]."""
-    count = stream.prototype_count
-    visual = (
-        jnp.sum(stream.prototypes * count[..., None], 1) / jnp.maximum(count.sum(1), 1)[:, None]
-    )
     told, seen = jnp.any(item.text != 0), jnp.any(item.coarse != 0)
-    total = slots.cosine(stream.text, item.text) + slots.cosine(visual, item.coarse)
+    total = stream.key @ _key(item.text, item.coarse)
     return total / jnp.maximum(told.astype(jnp.float32) + seen, 1.0)
 
 
@@ -129,7 +135,7 @@ def _merge_target(stream: EpisodicStream, item: Item, config: MemoryConfig) -> I
     if config.merge_target == "latest":
         return stream.latest
     near = jnp.where(stream.valid, similarity(stream, item), -jnp.inf)
-    return jnp.where(jnp.any(stream.valid), jnp.argmax(near), -1).astype(jnp.int32)
+    return jnp.where(jnp.any(stream.valid), slots.argmax(near), -1).astype(jnp.int32)
 
 
 def update(
@@ -173,7 +179,7 @@ def update(
         slot=jnp.where(enabled, slot, -1).astype(jnp.int32),
         node_id=jnp.where(enabled, new["node_id"], -1),
         tokens_added=jnp.where(enabled, taken, 0).astype(jnp.int32),
-        cleared=opens & (jnp.arange(config.episodic_slots) == slot),
+        replaced=jnp.where(opens, slot, -1),
     )
     latest = jnp.where(opens, slot, stream.latest).astype(jnp.int32)
     stream = stream.replace(
@@ -208,5 +214,5 @@ def _enforce_budget(stream: EpisodicStream, result: EpisodicUpdate, budget: int)
         slot=jnp.where(own_gone, -1, result.slot),
         node_id=jnp.where(own_gone, -1, result.node_id),
         tokens_added=jnp.where(own_gone, 0, result.tokens_added),
-        cleared=result.cleared | ~valid,
+        dropped=~valid,
     )

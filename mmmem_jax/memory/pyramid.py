@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmmem_jax.memory import episodic, schema, sensory
-from mmmem_jax.memory.types import Item, ManagerOutput, MemoryConfig, MemoryState, StepOutput
+from mmmem_jax.memory.types import (
+    NUM_NOISE,
+    Item,
+    ManagerOutput,
+    MemoryConfig,
+    MemoryState,
+    StepOutput,
+)
 
 
 def init(config: MemoryConfig) -> MemoryState:
@@ -35,7 +42,7 @@ def _update(state: MemoryState, item: Item, action, strength):
     buffer = sensory.write(state.sensory, item, done.node_id, strength, done.slot >= 0)
     graph = state.schema
     if config.schema_slots:
-        graph = schema.unground(graph, done.cleared)
+        graph = schema.unground(graph, done.replaced, done.dropped)
         graph = schema.update(graph, item, done.slot, strength, config)
     state = state.replace(
         sensory=buffer,
@@ -65,6 +72,15 @@ def step(
     return _update(state, item, action, strength)[0]
 
 
+def draw_noise(rng_key: jax.Array, index: Int[Array, "T"]) -> Float[Array, "T 2"]:
+    """The noise of the decisions on items number `index` of a stream, uniform in (0, 1]."""
+
+    def draw(i):
+        return 1.0 - jax.random.uniform(jax.random.fold_in(rng_key, i), (NUM_NOISE,))
+
+    return jax.vmap(draw)(index)
+
+
 DecideFn = Callable[..., ManagerOutput]
 
 
@@ -80,19 +96,20 @@ def scan(
 
     Args:
       params: the manager's parameters, handed to `decide_fn`.
-      rng_key: decision t uses `fold_in(rng_key, state.num_items)`, so a stream cut into segments
-        that hand the state on draws what the whole stream draws.
+      rng_key: the noise of a decision depends on `fold_in(rng_key, state.num_items)` alone, so a
+        stream cut into segments that hand the state on draws what the whole stream draws.
       state: memory to start from.
       items: chunks with a leading axis T.
-      decide_fn: (params, rng_key, state, item) -> ManagerOutput; learned or fixed rule.
+      decide_fn: (params, noise, state, item) -> ManagerOutput; learned or fixed rule. `noise`:
+        float32 [2], uniform in (0, 1].
 
     Returns:
       The memory after T chunks, and StepOutput with a leading axis T.
     """
 
-    def body(state, item):
-        key = jax.random.fold_in(rng_key, state.num_items)
-        decision = decide_fn(params, key, state, item)
+    def body(state, chunk):
+        noise, item = chunk
+        decision = decide_fn(params, noise, state, item)
         state, done = _update(state, item, decision.action, decision.strength)
         output = StepOutput(
             logits=decision.logits,
@@ -106,4 +123,5 @@ def scan(
         )
         return state, output
 
-    return jax.lax.scan(body, state, items)
+    index = state.num_items + jnp.cumsum(items.valid) - items.valid
+    return jax.lax.scan(body, state, (draw_noise(rng_key, index), items))

@@ -15,8 +15,8 @@ def init(config: MemoryConfig) -> SymbolicSchema:
     n, d, r = config.schema_slots, config.dim, config.num_relations
     return SymbolicSchema(
         embedding=jnp.zeros((n, d)),
-        gloss=jnp.zeros((n, d)),
-        profile=jnp.zeros((n, d)),
+        norm=jnp.zeros(n),
+        told=jnp.zeros((n, 2, d)),
         mentions=jnp.zeros(n, jnp.int32),
         span=jnp.zeros((n, 2)),
         tokens=jnp.zeros(n, jnp.int32),
@@ -30,20 +30,31 @@ def init(config: MemoryConfig) -> SymbolicSchema:
 
 
 ENTITY_FIELDS = (
-    "embedding", "gloss", "profile", "mentions", "span", "tokens", "grounding", "strength", "valid",
+    "embedding", "norm", "told", "mentions", "span", "tokens", "grounding", "strength", "valid",
 )  # fmt: skip
 
 
-def unground(schema: SymbolicSchema, cleared: Bool[Array, "N2"]) -> SymbolicSchema:
-    """Removes the grounding edges to episodes that are gone."""
-    return schema.replace(grounding=schema.grounding & ~cleared)
+def unground(
+    schema: SymbolicSchema, replaced: Int[Array, ""], dropped: Bool[Array, "N2"] | None
+) -> SymbolicSchema:
+    """Removes the grounding edges to the episode in slot `replaced` (-1: none) and to `dropped`."""
+    column = jnp.where(replaced >= 0, replaced, schema.grounding.shape[1])
+    grounding = schema.grounding.at[:, column].set(False, mode="drop")
+    if dropped is not None:
+        grounding = grounding & ~dropped
+    return schema.replace(grounding=grounding)
+
+
+def similarity(schema: SymbolicSchema, mention: Float[Array, "D"]) -> Float[Array, "N3"]:
+    """Cosine of each entity's embedding with a mention's."""
+    return slots.cosine(schema.embedding, mention, schema.norm)
 
 
 def _insert_mention(schema, item, mention, episode, strength, enabled, config):
     """Merges one mention into its entity, or opens one; returns the schema and the slot."""
-    similarity = jnp.where(schema.valid, slots.cosine(schema.embedding, mention), -jnp.inf)
-    nearest = jnp.argmax(similarity)
-    known = similarity[nearest] >= config.entity_similarity
+    near = jnp.where(schema.valid, similarity(schema, mention), -jnp.inf)
+    nearest = slots.argmax(near)
+    known = near[nearest] >= config.entity_similarity
     free = slots.weakest(schema.strength, schema.span[:, 1], schema.valid)
     stays = known | ~schema.valid[free] | (strength >= schema.strength[free])
     enabled = enabled & stays
@@ -57,10 +68,11 @@ def _insert_mention(schema, item, mention, episode, strength, enabled, config):
     def blend(name, value, rate):
         return jnp.where(known, old[name] + rate * (value - old[name]), value)
 
+    embedding = blend("embedding", mention, 1.0 / count)
     row = {
-        "embedding": blend("embedding", mention, 1.0 / count),
-        "gloss": blend("gloss", text, config.gloss_rate),
-        "profile": blend("profile", text, 1.0 / count),
+        "embedding": embedding,
+        "norm": jnp.linalg.norm(embedding),
+        "told": blend("told", text, jnp.stack([config.gloss_rate, 1.0 / count])[:, None]),
         "mentions": count,
         "span": jnp.stack([jnp.where(known, old["span"][0], item.span[0]), item.span[1]]),
         "tokens": jnp.where(known, jnp.maximum(old["tokens"], item.tokens), item.tokens),
@@ -82,7 +94,7 @@ def _insert_relation(schema, subject, relation, target, time, enabled):
     """Adds or refreshes the edge subject -relation-> target; the longest unseen one goes first."""
     edge = jnp.stack([subject, relation, target]).astype(jnp.int32)
     same = schema.relation_valid & jnp.all(schema.relations == edge, axis=-1)
-    oldest = jnp.argmin(jnp.where(schema.relation_valid, schema.relation_time, -jnp.inf))
+    oldest = slots.argmin(jnp.where(schema.relation_valid, schema.relation_time, -jnp.inf))
     index = jnp.where(jnp.any(same), jnp.argmax(same), oldest)
     enabled = enabled & (subject >= 0) & (target >= 0) & (subject != target) & (relation >= 0)
     table = (schema.relations, schema.relation_time, schema.relation_valid)
@@ -103,7 +115,7 @@ def update(
 ) -> SymbolicSchema:
     """Takes the mentions of an item kept in episodic slot `episode` (-1: not kept)."""
     kept = episode >= 0
-    episode_edge = kept & (jnp.arange(config.episodic_slots) == episode)
+    episode_edge = slots.only(episode, kept, config.episodic_slots)
     entities = []
     for mention, valid in zip(item.mention, item.mention_valid, strict=True):
         schema, slot = _insert_mention(

@@ -10,24 +10,47 @@ def weakest(
 ) -> Int[Array, ""]:
     """Slot to fill next: an empty one if any, else the weakest, ties to the smallest `age_key`."""
     rank = jnp.where(valid, strength, -jnp.inf)
-    tied = rank == rank.min()
-    return jnp.argmin(jnp.where(tied, age_key, jnp.inf)).astype(jnp.int32)
+    above = (rank - rank.min()) > 0  # two empty slots give NaN, which is not above
+    return argmin(jnp.where(above, jnp.inf, age_key))
+
+
+def argmin(x: Float[Array, "N"]) -> Int[Array, ""]:
+    """Index of the first smallest value, in two plain reductions that compilers vectorise."""
+    index = jnp.arange(x.shape[0], dtype=jnp.float32)
+    return jnp.where((x - x.min()) > 0, jnp.inf, index).min().astype(jnp.int32)
+
+
+def argmax(x: Float[Array, "N"]) -> Int[Array, ""]:
+    """Index of the first largest value."""
+    return argmin(-x)
 
 
 def write(tree, index: Int[Array, ""], values, enabled: Bool[Array, ""]):
     """`tree` with row `index` of every leaf set to `values`' leaf where `enabled`.
 
-    The row is read back when disabled, so the update is one row and never a copy of the buffer.
+    A disabled write goes past the end and is dropped, so the update is one row or nothing.
     """
 
     def leaf(x, v):
-        row = jnp.where(enabled, jnp.asarray(v, x.dtype), x[index])
-        return x.at[index].set(row)
+        row = jnp.where(enabled, index, x.shape[0])
+        return x.at[row].set(jnp.asarray(v, x.dtype), mode="drop")
 
     return jax.tree.map(leaf, tree, values)
 
 
-def cosine(a: Float[Array, "N D"], b: Float[Array, "D"]) -> Float[Array, "N"]:
-    """Cosine of each row of `a` with `b`, 0 where either is zero."""
-    norm = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b)
-    return (a @ b) / jnp.maximum(norm, 1e-6)
+def only(index: Int[Array, ""], enabled: Bool[Array, ""], size: int) -> Bool[Array, "N"]:
+    """True at `index` where `enabled`, written as one element so that no row recomputes it."""
+    return write(jnp.zeros(size, bool), index, True, enabled)
+
+
+def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`x` at length 1, or 0 where it is zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
+def cosine(
+    a: Float[Array, "N D"], b: Float[Array, "D"], norm: Float[Array, "N"] | None = None
+) -> Float[Array, "N"]:
+    """Cosine of each row of `a`, of length `norm` where it is known, with `b`; 0 for zero."""
+    norm = jnp.linalg.norm(a, axis=-1) if norm is None else norm
+    return (a @ b) / jnp.maximum(norm * jnp.linalg.norm(b), 1e-6)

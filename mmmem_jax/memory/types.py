@@ -11,6 +11,7 @@ from flax import struct
 
 ADD_NEW, MERGE, DISCARD = 0, 1, 2
 NUM_ACTIONS = 3
+NUM_NOISE = 2  # uniform numbers that a policy gets for each decision
 LEVELS = ("schema", "episodic", "sensory")  # in reading order, top down
 
 
@@ -80,6 +81,7 @@ class EpisodicStream:
     prototypes: jax.Array  # [N2, K, D] running K-means centres of the coarse visuals
     prototype_count: jax.Array  # [N2, K] int32
     text: jax.Array  # [N2, D] token-weighted mean of the texts read
+    key: jax.Array  # [N2, 2D] text and mean visual, each of unit length or 0: what is compared
     span: jax.Array  # [N2, 2]
     count: jax.Array  # [N2] int32, items read
     tokens: jax.Array  # [N2] int32, tokens held
@@ -97,8 +99,8 @@ class SymbolicSchema:
     """L3: entities with glosses, relations among them, grounding edges to episodes (eq. 4)."""
 
     embedding: jax.Array  # [N3, D] running mean of the mentions
-    gloss: jax.Array  # [N3, D] recency-weighted text, what is true of u now
-    profile: jax.Array  # [N3, D] mean text, what is usual of u
+    norm: jax.Array  # [N3] length of `embedding`, kept so that no step measures it again
+    told: jax.Array  # [N3, 2, D] gloss and profile, one row to fetch
     mentions: jax.Array  # [N3] int32
     span: jax.Array  # [N3, 2]
     tokens: jax.Array  # [N3] int32, tokens of the gloss
@@ -108,6 +110,16 @@ class SymbolicSchema:
     relations: jax.Array  # [R, 3] int32: subject slot, relation id, object slot
     relation_time: jax.Array  # [R] float32
     relation_valid: jax.Array  # [R] bool
+
+    @property
+    def gloss(self) -> jax.Array:
+        """[N3, D] recency-weighted text, what is true of u now."""
+        return self.told[..., 0, :]
+
+    @property
+    def profile(self) -> jax.Array:
+        """[N3, D] mean text, what is usual of u."""
+        return self.told[..., 1, :]
 
 
 @struct.dataclass

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mmmem_jax.memory import episodic, slots
+from mmmem_jax.memory import episodic, schema, slots
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, NUM_ACTIONS, Item, ManagerOutput, MemoryState
+from mmmem_jax.policies.sampling import sample_action
 
 NUM_CONTEXT = 10
 
@@ -37,8 +38,8 @@ def context_features(state: MemoryState, item: Item) -> Float[Array, "10"]:
     known = jnp.asarray(0.0)
     told_before = jnp.asarray(0.0)
     if state.config.schema_slots and item.mention.shape[0]:
-        same = jnp.where(graph.valid, slots.cosine(graph.embedding, item.mention[0]), -1.0)
-        entity = jnp.argmax(same)
+        same = jnp.where(graph.valid, schema.similarity(graph, item.mention[0]), -1.0)
+        entity = slots.argmax(same)
         known = same[entity]
         told_before = slots.cosine(graph.gloss[entity][None], item.text)[0]
     full = jnp.all(stream.valid)
@@ -83,7 +84,7 @@ def logits_fn(graphdef, params, item, context) -> Float[Array, "... 3"]:
 
 
 def decide(
-    graphdef, params, rng_key, state: MemoryState, item: Item, *, temperature: float = 1.0
+    graphdef, params, noise, state: MemoryState, item: Item, *, temperature: float = 1.0
 ) -> ManagerOutput:
     """Samples an action, or takes the likeliest one at temperature 0.
 
@@ -95,7 +96,7 @@ def decide(
     log_probs = jax.nn.log_softmax(logits)
     if temperature:
         log_probs = jax.nn.log_softmax(logits / temperature)
-        action = jax.random.categorical(rng_key, log_probs)
+        action = sample_action(log_probs, noise[0])
     else:
         action = jnp.argmax(logits)
     return ManagerOutput(
@@ -108,5 +109,5 @@ def decide(
 
 
 def make_decide_fn(graphdef, *, temperature: float = 1.0):
-    """`decide` with the network bound: decide_fn(params, rng_key, state, item)."""
+    """`decide` with the network bound: decide_fn(params, noise, state, item)."""
     return functools.partial(decide, graphdef, temperature=temperature)

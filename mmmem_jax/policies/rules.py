@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmmem_jax.memory import episodic
 from mmmem_jax.memory.types import (
@@ -19,11 +20,12 @@ from mmmem_jax.memory.types import (
     MemoryConfig,
     MemoryState,
 )
+from mmmem_jax.policies.sampling import sample_action
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A named fixed policy: `decide_fn(params, rng_key, state, item)` on a changed MemoryConfig."""
+    """A named fixed policy: `decide_fn(params, noise, state, item)` on a changed MemoryConfig."""
 
     name: str
     params: dict
@@ -53,44 +55,43 @@ def _starts_segment(params, state: MemoryState):
 # Each returns (action, strength).
 
 
-def _keep_recent(params, key, state, item):
+def _keep_recent(params, noise, state, item):
     return ADD_NEW, item.span[1]
 
 
-def _uniform(params, key, state, item):
+def _uniform(params, noise, state, item):
     return jnp.where(_starts_segment(params, state), ADD_NEW, DISCARD), item.span[1]
 
 
-def _uniform_merge(params, key, state, item):
+def _uniform_merge(params, noise, state, item):
     return jnp.where(_starts_segment(params, state), ADD_NEW, MERGE), item.span[1]
 
 
-def _reservoir(params, key, state, item):
-    return ADD_NEW, jax.random.uniform(key)
+def _reservoir(params, noise, state, item):
+    return ADD_NEW, noise[1]
 
 
-def _similarity_merge(params, key, state, item):
+def _similarity_merge(params, noise, state, item):
     near = _near_latest(state, item)
     return jnp.where(near >= params["threshold"], MERGE, ADD_NEW), item.span[1]
 
 
-def _surprise(params, key, state, item):
+def _surprise(params, noise, state, item):
     return jnp.where(item.change > params["threshold"], ADD_NEW, MERGE), item.change
 
 
-def _kmeans(params, key, state, item):
+def _kmeans(params, noise, state, item):
     return jnp.where(jnp.all(state.episodic.valid), MERGE, ADD_NEW), item.span[1]
 
 
-def _forgetting_curve(params, key, state, item):
+def _forgetting_curve(params, noise, state, item):
     near = _near_latest(state, item)
     strength = jnp.log2(item.change + 1e-2) + item.span[1] / params["half_life"]
     return jnp.where(near >= params["threshold"], MERGE, ADD_NEW), strength
 
 
-def _random(params, key, state, item):
-    action = jax.random.categorical(key, params["log_probs"])
-    return action, jax.random.uniform(jax.random.fold_in(key, 1))
+def _random(params, noise, state, item):
+    return sample_action(params["log_probs"], noise[0]), noise[1]
 
 
 _DECIDERS = {
@@ -106,7 +107,7 @@ _DECIDERS = {
 }
 
 
-def decide(params, rng_key: jax.Array, state: MemoryState, item: Item) -> ManagerOutput:
+def decide(params, noise: Float[Array, "2"], state: MemoryState, item: Item) -> ManagerOutput:
     """The decision of the rule that `params` describe."""
 
     def branch(decider):
@@ -117,7 +118,7 @@ def decide(params, rng_key: jax.Array, state: MemoryState, item: Item) -> Manage
         return run
 
     branches = [branch(decider) for decider in _DECIDERS.values()]
-    action, strength = jax.lax.switch(params["rule"], branches, params, rng_key, state, item)
+    action, strength = jax.lax.switch(params["rule"], branches, params, noise, state, item)
     return ManagerOutput(
         logits=jnp.zeros(3),
         action=action,

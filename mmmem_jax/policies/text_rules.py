@@ -33,7 +33,7 @@ def _rule(name: str, half_life: float = 1.0) -> tuple[str, dict]:
     return name, {"rule": rule, "half_life": jnp.asarray(half_life, jnp.float32)}
 
 
-def decide(params, rng_key, state: MemoryState, item: Item) -> ManagerOutput:
+def decide(params, noise, state: MemoryState, item: Item) -> ManagerOutput:
     """The decision of the rule that `params` describe."""
     idf = item.visual[IDF_SUM] * FEATURE_SCALE[IDF_SUM] + FEATURE_CENTRE[IDF_SUM]
     idf, time = jnp.maximum(idf, 0.0), item.span[1]
@@ -42,7 +42,7 @@ def decide(params, rng_key, state: MemoryState, item: Item) -> ManagerOutput:
     return _decision(jnp.where(drops, DISCARD, ADD_NEW), jnp.stack(strengths)[params["rule"]])
 
 
-def decide_oracle(params, rng_key, state: MemoryState, item: Item) -> ManagerOutput:
+def decide_oracle(params, noise, state: MemoryState, item: Item) -> ManagerOutput:
     """Keeps the rows of the highest `params` [T]: a line to read results by, not a rule."""
     return _decision(ADD_NEW, params[item.trace_id])
 

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, MERGE, Item, ManagerOutput, MemoryState
 from mmmem_jax.policies.manager import item_features
+from mmmem_jax.policies.sampling import sample_action
 
 
 def draw(rng_key: jax.Array, num_features: int) -> dict[str, jax.Array]:
@@ -25,16 +27,15 @@ def draw(rng_key: jax.Array, num_features: int) -> dict[str, jax.Array]:
     }
 
 
-def decide(params, rng_key: jax.Array, state: MemoryState, item: Item) -> ManagerOutput:
+def decide(params, noise: Float[Array, "2"], state: MemoryState, item: Item) -> ManagerOutput:
     """A decision of the random policy `params`."""
     score = item_features(item) @ params["direction"]
     keeps = score > params["merge_above"]
     adds = score > params["merge_above"] + params["add_gap"]
     chosen = jnp.where(adds, ADD_NEW, jnp.where(keeps, MERGE, DISCARD))
-    by_chance = jax.random.categorical(rng_key, params["log_probs"])
+    by_chance = sample_action(params["log_probs"], noise[0])
     action = jnp.where(params["selective"], chosen, by_chance).astype(jnp.int32)
-    chance = jax.random.uniform(jax.random.fold_in(rng_key, 1))
-    other = jnp.where(params["by_time"], item.span[1], chance)
+    other = jnp.where(params["by_time"], item.span[1], noise[1])
     return ManagerOutput(
         logits=params["log_probs"],
         action=action,

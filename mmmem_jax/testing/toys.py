@@ -63,9 +63,11 @@ def random_items(
     )
 
 
-def random_decide(params, rng_key: jax.Array, state: MemoryState, item: Item) -> ManagerOutput:
-    """A policy of chance alone: ADD_NEW 0.45, MERGE 0.4, DISCARD 0.15, any strength in [0, 1)."""
-    draw, strength = jax.random.uniform(rng_key, (2,))
+def random_decide(
+    params, noise: Float[Array, "2"], state: MemoryState, item: Item
+) -> ManagerOutput:
+    """A policy of chance alone: ADD_NEW 0.45, MERGE 0.4, DISCARD 0.15, any strength in (0, 1]."""
+    draw, strength = noise
     return ManagerOutput(
         logits=jnp.zeros(3),
         action=jnp.where(draw < 0.45, ADD_NEW, jnp.where(draw < 0.85, MERGE, DISCARD)),

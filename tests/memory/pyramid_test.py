@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from mmmem_jax import memory
-from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, Item, MemoryConfig, MemoryState, StepOutput
+from mmmem_jax.memory import (
+    ADD_NEW,
+    DISCARD,
+    MERGE,
+    Item,
+    MemoryConfig,
+    MemoryState,
+    StepOutput,
+    pyramid,
+    slots,
+)
 from mmmem_jax.memory.pyramid import tokens_held
 from mmmem_jax.policies import rules
 from mmmem_jax.testing import toys
@@ -117,6 +127,13 @@ class TestEveryStep:
         assert np.array_equal(run.output.tokens, held[:, 1:])
         assert np.array_equal(run.output.slots, run.states.episodic.valid.sum(-1)[:, 1:])
 
+    def test_what_is_compared_follows_from_what_is_held(self, run):
+        _, stream, graph = run.levels
+        visual = np.sum(stream.prototypes * stream.prototype_count[..., None], -2)
+        key = np.concatenate([slots.unit(stream.text), slots.unit(visual)], -1)
+        np.testing.assert_allclose(stream.key[stream.valid], key[stream.valid], atol=1e-5)
+        np.testing.assert_allclose(graph.norm, np.linalg.norm(graph.embedding, axis=-1), atol=1e-5)
+
     def test_nodes_hold_what_was_added_to_them(self, run):
         stream, done = run.states.episodic, run.output
         for b in range(NUM_STREAMS):
@@ -219,8 +236,7 @@ class TestScan:
         key, state = jax.random.key(3), memory.init(SMALL)
         last, output = jit_scan(key, state, items)
         # `step` is given the strengths that the policy drew.
-        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(24))
-        strength = jax.vmap(lambda k: jax.random.uniform(k, (2,))[1])(keys)
+        strength = pyramid.draw_noise(key, jnp.arange(24))[:, 1]
         for t in range(24):
             item = jax.tree.map(lambda x, t=t: x[t], items)
             state = jit_step(state, item, output.action[t], strength[t])

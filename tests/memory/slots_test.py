@@ -1,5 +1,6 @@
 """Slot arithmetic."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,3 +38,29 @@ def test_cosine_is_zero_where_a_vector_is():
     a = jnp.array([[3.0, 4.0], [0.0, 0.0], [-3.0, -4.0]])
     np.testing.assert_allclose(slots.cosine(a, jnp.array([6.0, 8.0])), [1, 0, -1], atol=1e-6)
     assert slots.cosine(a, jnp.zeros(2)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["few values", "any"])
+def test_argmin_is_the_first_smallest(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 7)).astype(np.float32)
+    if dtype == "few values":
+        x = rng.choice(np.float32([-np.inf, -1, 0, 2, np.inf]), size=(200, 7))
+    assert np.array_equal(jax.vmap(slots.argmin)(x), np.argmin(x, -1))
+    assert np.array_equal(jax.vmap(slots.argmax)(x), np.argmax(x, -1))
+
+
+def test_unit_keeps_directions_and_zero():
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(slots.unit(x), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)
+
+
+def test_a_known_norm_gives_the_same_cosine():
+    a, b = jnp.array([[1.0, 2.0], [-3.0, 0.5]]), jnp.array([0.3, -2.0])
+    norm = jnp.linalg.norm(a, axis=-1)
+    assert np.array_equal(slots.cosine(a, b, norm), slots.cosine(a, b))
+
+
+def test_only_marks_one_or_none():
+    assert slots.only(jnp.asarray(1), jnp.asarray(True), 3).tolist() == [False, True, False]
+    assert slots.only(jnp.asarray(1), jnp.asarray(False), 3).tolist() == [False, False, False]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mmmem_jax import memory
-from mmmem_jax.memory import ADD_NEW, DISCARD, MemoryConfig
+from mmmem_jax.memory import ADD_NEW, DISCARD, MemoryConfig, pyramid
 from mmmem_jax.policies import manager
 from mmmem_jax.testing import toys
 
@@ -79,8 +79,8 @@ def test_samples_follow_the_tempered_policy(networks):
     state = memory.init(CONFIG)
     for temperature in (1.0, 0.5):
         decide_fn = manager.make_decide_fn(networks[0], temperature=temperature)
-        keys = jax.random.split(jax.random.key(2), 2000)
-        out = jax.jit(jax.vmap(lambda k, d=decide_fn: d(networks[2], k, state, item)))(keys)
+        noise = pyramid.draw_noise(jax.random.key(2), jnp.arange(2000))
+        out = jax.jit(jax.vmap(lambda x, d=decide_fn: d(networks[2], x, state, item)))(noise)
         probs = jax.nn.softmax(out.logits[0] / temperature)
         np.testing.assert_allclose(np.bincount(out.action, minlength=3) / 2000, probs, atol=0.04)
         np.testing.assert_allclose(out.log_prob, jnp.log(probs)[out.action], atol=1e-5)
@@ -89,7 +89,7 @@ def test_samples_follow_the_tempered_policy(networks):
 def test_strength_is_the_margin_of_keeping_over_discarding(networks):
     state = memory.init(CONFIG)
     item = jax.tree.map(lambda x: x[3], ITEMS)
-    out = manager.decide(networks[0], networks[2], jax.random.key(0), state, item)
+    out = manager.decide(networks[0], networks[2], jnp.array([0.5, 0.5]), state, item)
     assert float(out.strength) == float(out.logits[ADD_NEW] - out.logits[DISCARD]) != 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmmem_jax import memory
-from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, MemoryConfig
+from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, MemoryConfig, pyramid
 from mmmem_jax.policies import rules
 from mmmem_jax.testing import toys
 
@@ -17,7 +17,7 @@ T, SLOTS, B = 24, 4, 3
 CONFIG = MemoryConfig(
     sensory_slots=3, episodic_slots=SLOTS, schema_slots=0, num_relations=0, num_prototypes=1, dim=8
 )
-KEY = jax.random.key(0)
+NOISE = jnp.array([0.5, 0.5])
 RULES = {
     rule.name: rule
     for rule in [
@@ -93,7 +93,8 @@ class TestEveryRule:
     def test_holds_the_capacity(self, results, name):
         state, output = results[name]
         assert state.episodic.valid.shape == (B, SLOTS)
-        assert np.all((1 <= output.slots) & (output.slots <= SLOTS))
+        least = 0 if name == "random" else 1  # it may discard the first chunk
+        assert np.all((least <= output.slots) & (output.slots <= SLOTS))
         assert output.slots[:, -1].max() > 1 or name == "surprise"
 
     def test_changes_no_capacity(self, results, name):
@@ -138,7 +139,7 @@ def test_uniform_keeps_as_many_as_fit(chunks, slots):
     item = jax.tree.map(lambda x: x[0], toys.random_items(0, 1))
 
     def action(t):
-        return rules.decide(params, KEY, state.replace(num_items=t), item).action
+        return rules.decide(params, NOISE, state.replace(num_items=t), item).action
 
     times = np.flatnonzero(np.asarray(jax.vmap(action)(jnp.arange(chunks))) == ADD_NEW)
     assert len(times) == min(chunks, slots)
@@ -197,7 +198,7 @@ def test_forgetting_curve_weighs_salience_against_age():
     def strength(change, end):
         span = jnp.array([end - 1.0, end])
         return float(
-            rules.decide(rule.params, KEY, state, item.replace(change=change, span=span)).strength
+            rules.decide(rule.params, NOISE, state, item.replace(change=change, span=span)).strength
         )
 
     strong = strength(jnp.asarray(1.59), 10.0)
@@ -213,8 +214,8 @@ def test_an_unknown_constant_is_refused():
 def test_random_actions_follow_their_probabilities():
     params, state = rules.random_actions([0.6, 0.4, 0.0]).params, memory.init(CONFIG)
     item = jax.tree.map(lambda x: x[0], toys.random_items(0, 1))
-    keys = jax.random.split(jax.random.key(0), 2000)
-    decisions = jax.vmap(lambda k: rules.decide(params, k, state, item))(keys)
+    noise = pyramid.draw_noise(jax.random.key(0), jnp.arange(2000))
+    decisions = jax.vmap(lambda x: rules.decide(params, x, state, item))(noise)
     share = np.bincount(decisions.action, minlength=3) / 2000
     np.testing.assert_allclose(share, [0.6, 0.4, 0.0], atol=0.04)
     assert abs(np.corrcoef(decisions.action, decisions.strength)[0, 1]) < 0.08

@@ -15,7 +15,7 @@ CONFIG = MemoryConfig(
 
 @pytest.fixture(scope="module")
 def state():
-    return toys.random_memory(0, CONFIG)
+    return toys.random_memory(1, CONFIG)
 
 
 def test_slots_are_numbered_sensory_episodic_schema(state):
