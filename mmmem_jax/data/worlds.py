@@ -435,41 +435,49 @@ def _make_questions(bits: Bits, facts: _Facts, config: WorldConfig) -> Questions
 
 
 def _appearances() -> np.ndarray:
-    """A fixed 4 x 4 colour patch per word, [V, 4, 4, 3] in 0..1: what a thing looks like."""
-    return Bits(20_260_301, len(WORDS)).uniform(len(WORDS), 4, 4, 3)
+    """A fixed 4 x 4 colour patch per word, [V, 4, 4, 3] in 0.29..0.71: what a thing looks like.
+
+    With a texture and the light of a quiet frame it stays off black and white, so that nothing is
+    clipped, and with it nothing of the texture left for a low resolution to see.
+    """
+    patches = Bits(20_260_301, len(WORDS)).uniform(len(WORDS), 4, 4, 3)
+    return (0.5 + 0.42 * (patches - 0.5)).astype(np.float32)
 
 
 def _textures() -> np.ndarray:
     """Pixel textures of the patterns, [4, 8, 8, 1], zero mean over every 2 x 2 block.
 
-    Averaging 2 x 2 pixels erases them, but for what `render` clips at black and white: which of the
-    patterns it is shows at full resolution only.
+    Averaging 2 x 2 pixels erases them: a pattern shows at full resolution only.
     """
     row, column = np.mgrid[0:8, 0:8] % 2
     striped = np.where(row == 0, 1.0, -1.0)
     dotted = np.where((row + column) % 2 == 0, 1.0, -1.0)
     checked = np.where(column == 0, 1.0, -1.0)
-    return np.stack([striped, dotted, checked, np.zeros((8, 8))])[..., None]
+    return np.stack([striped, dotted, checked, np.zeros((8, 8))])[..., None].astype(np.float32)
 
 
 def render(stream: Stream) -> np.ndarray:
     """Frames [T, 16, 16, 3] uint8: object, person, value and room fill a quadrant each."""
     n = len(stream.kind)
     bits = Bits(stream.noise_seed, n)
+
+    def uniform(*shape):
+        return bits.uniform(*shape).astype(np.float32)
+
     patches = _appearances().repeat(2, axis=1).repeat(2, axis=2)  # [V, 8, 8, 3]
     patches[0] = 0.5
     quadrants = patches[stream.visible[:, :4]]
     pattern = stream.visible[:, 4].astype(np.int64)
     texture = _textures()[np.clip(pattern - WORD_ID[PATTERNS[0]], 0, 3)]
-    quadrants[:, 0] += np.where(pattern[:, None, None, None] > 0, 0.25 * texture, 0.0)
+    quadrants[:, 0] += 0.12 * texture * (pattern > 0)[:, None, None, None]
     top = np.concatenate([quadrants[:, 0], quadrants[:, 1]], axis=2)
     bottom = np.concatenate([quadrants[:, 2], quadrants[:, 3]], axis=2)
     frames = np.concatenate([top, bottom], axis=1)
-    flash = np.where(stream.loud, 1.0 + bits.uniform(n), 0.8 + 0.4 * bits.uniform(n))
+    flash = np.where(stream.loud, 1.0 + uniform(n), np.float32(0.8) + np.float32(0.4) * uniform(n))
     frames = (frames - 0.5) * flash[:, None, None, None] + 0.5
-    frames = frames + 0.2 * (bits.uniform(*frames.shape) - 0.5)
+    frames = frames + 0.2 * (uniform(*frames.shape) - 0.5)
     # A broken chunk is a cross-fade of its neighbours or noise.
     fade = (np.roll(frames, 1, axis=0) + np.roll(frames, -1, axis=0)) / 2
-    broken = np.where(bits.uniform(n, 1, 1, 1) < 0.5, fade, bits.uniform(*frames.shape))
+    broken = np.where(uniform(n, 1, 1, 1) < 0.5, fade, uniform(*frames.shape))
     frames = np.where(stream.glitch[:, None, None, None], broken, frames)
     return (np.clip(frames, 0.0, 1.0) * 255).astype(np.uint8)

@@ -13,7 +13,7 @@ from mmmem_jax.memory.types import LEVELS
 CONFIG = WorldConfig()
 # Of stream 1 of world 7; changes whenever the world does.
 GOLDEN_STREAM = "2cca5b0c8b7720113609c0baa0a12826da6518ce4dcbbfbd63826bd6b188f2bd"
-GOLDEN_FRAMES = "e6a3aa86fe6e7f10aaa712d9f2afc7c8368dba170521cfad2d053eeeb753605a"
+GOLDEN_FRAMES = "9f22325f49b532ff343e5f92a6bc761c02b68fe4c85df1e6b2ffac0ea8533eb7"
 LENGTHS = (0, 1, 2, 255, 256, 4096)
 
 
@@ -268,8 +268,12 @@ class TestFrames:
         for pattern in ("striped", "dotted", "checked"):
             for other in set(worlds.PATTERNS) - {pattern}:
                 assert np.abs(frames[pattern] - frames[other]).mean() > 25
-            for other in ("striped", "dotted", "checked"):
-                assert np.abs(coarse[pattern] - coarse[other]).mean() < 1
+                assert np.abs(coarse[pattern] - coarse[other]).mean() < 0.2
+
+    def test_a_quiet_frame_is_never_clipped(self, many):
+        for stream, _ in many[:8]:
+            frames = worlds.render(stream)[~stream.loud & ~stream.glitch]
+            assert 0 < frames.min() < frames.max() < 255
 
     def test_textures_vanish_in_every_block_of_two_by_two(self):
         textures = worlds._textures().reshape(4, 4, 2, 4, 2, 1)
@@ -279,7 +283,7 @@ class TestFrames:
     def test_things_look_different(self):
         looks = worlds._appearances().reshape(len(WORDS), -1)
         distance = np.linalg.norm(looks[:, None] - looks[None], axis=-1)
-        assert distance[~np.eye(len(WORDS), dtype=bool)].min() > 1.5
+        assert distance[~np.eye(len(WORDS), dtype=bool)].min() > 0.6
 
     def test_loud_frames_are_louder(self, many):
         contrast = {True: [], False: []}
