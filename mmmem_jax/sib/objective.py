@@ -1,5 +1,7 @@
 """Estimates of the two bounds of the Semantic Information Bottleneck (eq. 5 to 9), in nats."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,17 +16,43 @@ def relevance_bound(log_prob_answer: Float[Array, "..."], num_options: int, weig
     return jnp.log(num_options) + mean
 
 
-def log_partition(ref_tokens: Float[Array, "..."], lam: float) -> Float[Array, ""]:
-    """log Z of r(m) = p_ref(m) exp(-lambda |m|) / Z (eq. 9), from memories drawn from p_ref."""
-    x = -lam * ref_tokens.reshape(-1)
-    return jax.nn.logsumexp(x) - jnp.log(x.size)
+class Draws(NamedTuple):
+    """Memories drawn from a policy."""
+
+    log_ratio: jax.Array  # [...] log pi / p_ref of the trace that made each memory
+    tokens: jax.Array  # [...] |m|
 
 
-def rate_bound(
-    log_ratio: Float[Array, "..."], tokens: Float[Array, "..."], log_z: Float[Array, ""], lam: float
-) -> Float[Array, ""]:
+def log_partition(policy: Draws, ref: Draws, lam: float) -> tuple[Array, Array]:
+    """log Z of r(m) = p_ref(m) exp(-lambda |m|) / Z (eq. 9), and how far to trust it.
+
+    Memories of pi and of p_ref are weighted together by the balance heuristic (Veach and Guibas
+    1995): where lambda is large, Z comes from short memories, which p_ref alone hardly draws.
+
+    Args:
+      policy: memories drawn from pi.
+      ref: memories drawn from p_ref.
+      lam: rate in nats a token.
+
+    Returns:
+      log Z, whose estimate is low on average (Jensen) the more, the fewer memories count; and the
+      share of memories that count, (sum w)^2 / (N sum w^2).
+    """
+    log_ratio, tokens = (
+        jnp.concatenate([a.ravel(), b.ravel()]) for a, b in zip(policy, ref, strict=True)
+    )
+    n, share = tokens.size, policy.tokens.size / tokens.size
+    mixture = jnp.logaddexp(jnp.log(share) + log_ratio, jnp.log1p(-share))
+    weight = -lam * tokens - mixture
+    total = jax.nn.logsumexp(weight)
+    counts = jnp.exp(2 * total - jax.nn.logsumexp(2 * weight)) / n
+    return total - jnp.log(n), counts
+
+
+def rate_bound(policy: Draws, log_z: Float[Array, ""], lam: float) -> Float[Array, ""]:
     """Upper bound of I(X; M): E[log pi / p_ref + lambda |m|] + log Z (eq. 7 with the prior of 9).
 
-    `log_ratio` sums over the decisions of a trace, so both sides are per stream.
+    `log_ratio` sums over the decisions of a trace, so both sides are per stream. With lam = 0 and
+    log_z = 0 the prior is p_ref itself: looser, but nothing in it is estimated.
     """
-    return jnp.mean(log_ratio + lam * tokens) + log_z
+    return jnp.mean(policy.log_ratio + lam * policy.tokens) + log_z

@@ -242,14 +242,22 @@ def make_update(
             inner, (state.params, state.opt_state), length=config.inner_epochs
         )
         metrics = _rollout_metrics(traj, terms, reward, adv, config)
-        log_ratio, log_z = terms.log_ratio.sum(-1), objective.log_partition(ref.tokens, lam)
+        ref_from = manager.logits_fn(graphdef, state.params, seen, ref.context)
+        gained = jnp.where(ref.valid, _log_prob_of(ref_from, ref.action) - ref.log_prob, 0.0)
+        drawn = objective.Draws(terms.log_ratio.sum(-1), traj.tokens)
+        log_z, counts = objective.log_partition(
+            drawn, objective.Draws(gained.sum(-1), ref.tokens), lam
+        )
         final = dict(traj.final)
         log_prob_answer = final.pop("log_prob")
+        asked = batch.question_valid.any(-1, keepdims=True)
         metrics |= final
         metrics["bound_relevance"] = objective.relevance_bound(
-            log_prob_answer, task.num_options, jnp.ones_like(log_prob_answer)
+            log_prob_answer, task.num_options, jnp.broadcast_to(asked, log_prob_answer.shape)
         )
-        metrics["bound_rate"] = objective.rate_bound(log_ratio, traj.tokens, log_z, lam)
+        metrics["bound_rate"] = objective.rate_bound(drawn, log_z, lam)
+        metrics["bound_rate_ref"] = objective.rate_bound(drawn, jnp.asarray(0.0), 0.0)
+        metrics["bound_rate_counts"] = counts
         metrics |= {name: x[-1] for name, x in inner_metrics.items()}
         metrics["ratio_first"] = jnp.maximum(
             inner_metrics["ratio_max"][0], 1.0 / inner_metrics["ratio_min"][0]
