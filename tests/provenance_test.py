@@ -18,7 +18,7 @@ def test_a_result_says_where_it_comes_from():
     assert abs(age) < datetime.timedelta(minutes=1)
     assert found["device"].startswith("CPU, ")
     assert found["versions"]["python"] == platform.python_version()
-    assert found["versions"].keys() == {"python", *provenance.PACKAGES}
+    assert found["versions"].keys() == {"python", "mmmem_jax", *provenance.PACKAGES}
     json.dumps(found, allow_nan=False)
 
 
