@@ -185,13 +185,3 @@ def _scores(slots: Slots, asked: AskedQuestions) -> Float[Array, "Q O H N"]:
         levels.append(score)
         start += n
     return jnp.concatenate(levels, -1)
-
-
-def option_log_probs(
-    reader: Reader,
-    state: MemoryState,
-    query: Float[Array, "Q D"],
-    options: Float[Array, "Q O D"],
-) -> Float[Array, "Q O"]:
-    """log q_phi(y | m) of every option from the whole memory."""
-    return jax.nn.log_softmax(reader.answer(project(state), reader.ask(query, options)))

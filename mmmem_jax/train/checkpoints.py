@@ -70,11 +70,6 @@ def load_phase(workdir: Path, phase: str, state, step: int | None = None):
     return state, step
 
 
-def restore(checkpoints, state, step: int | None = None):
-    """`load` from open checkpoints."""
-    return load(Path(checkpoints.directory), state, step)
-
-
 def _step_folders(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()]
 

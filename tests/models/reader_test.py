@@ -24,6 +24,12 @@ NUM_SLOTS = 4 + 5 + 6
 QUERY, OPTIONS = toys.random_questions(0, 3, 4, 8)
 
 
+def option_log_probs(reader, state, query, options):
+    """log q(y | m) of every option from the whole memory, [Q, O]."""
+    asked = reader.ask(query, options)
+    return jax.nn.log_softmax(reader.answer(reader_lib.project(state), asked))
+
+
 @pytest.fixture(scope="module")
 def model():
     """A reader far from its start: every parameter moved, so that everything is used."""
@@ -139,7 +145,7 @@ def test_all_slots_as_evidence_are_no_evidence_given(answer, state):
 @pytest.mark.parametrize("changes", [{"schema_slots": 0}, {"num_prototypes": 1}])
 def test_other_memories(model, changes):
     config = dataclasses.replace(CONFIG, num_relations=0, **changes)
-    run = jax.jit(lambda s: reader_lib.option_log_probs(model, s, QUERY, OPTIONS))
+    run = jax.jit(lambda s: option_log_probs(model, s, QUERY, OPTIONS))
     for state in (memory.init(config), toys.random_memory(0, config)):
         log_probs = run(state)
         np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, atol=1e-5)
@@ -183,7 +189,7 @@ def test_learns_which_option_the_memory_holds():
         state, query, options, right = recall_batch(key)
 
         def one(state, query, options):
-            return reader_lib.option_log_probs(model, state, query[None], options[None])[0]
+            return option_log_probs(model, state, query[None], options[None])[0]
 
         log_probs = jax.vmap(one)(state, query, options)
         accuracy = jnp.mean(jnp.argmax(log_probs, -1) == right)

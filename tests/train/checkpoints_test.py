@@ -23,11 +23,11 @@ def saved(tmp_path):
     found.close()
 
 
-def test_restores_what_was_saved(saved):
+def test_loads_what_was_saved(saved, tmp_path):
     for step in (1, 2):
         checkpoints.save(saved, step, state_at(step), {"next": step}, CONFIG)
     for asked, step in ((None, 2), (1, 1)):
-        state, data, at = checkpoints.restore(saved, state_at(0), asked)
+        state, data, at = checkpoints.load(tmp_path / "phase", state_at(0), asked)
         assert (data, at) == ({"next": step}, step)
         jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
 
@@ -39,7 +39,7 @@ def test_keeps_the_newest(saved, tmp_path):
 
 
 def test_an_empty_folder_has_none(saved, tmp_path):
-    assert checkpoints.restore(saved, state_at(0)) is None
+    assert checkpoints.load(tmp_path / "phase", state_at(0)) is None
     assert checkpoints.steps(tmp_path / "phase") == checkpoints.steps(tmp_path / "absent") == []
 
 
@@ -51,7 +51,7 @@ def test_a_half_written_checkpoint_is_ignored(saved, tmp_path):
     (half / "state" / "manifest.ocdbt").write_bytes(b"cut")
     assert checkpoints.steps(tmp_path / "phase") == [1]
     again = checkpoints.open_checkpoints(tmp_path / "phase")
-    assert checkpoints.restore(again, state_at(0))[2] == 1
+    assert checkpoints.load(tmp_path / "phase", state_at(0))[2] == 1
     checkpoints.save(again, 2, state_at(2), DATA, CONFIG)
     again.close()
     assert checkpoints.steps(tmp_path / "phase") == [1, 2]
@@ -62,7 +62,7 @@ def test_a_step_folder_that_was_never_committed_is_ignored(saved, tmp_path):
     saved.close()
     (tmp_path / "phase" / "2").mkdir()
     again = checkpoints.open_checkpoints(tmp_path / "phase")
-    assert checkpoints.restore(again, state_at(0))[2] == 1
+    assert checkpoints.load(tmp_path / "phase", state_at(0))[2] == 1
     again.close()
 
 
