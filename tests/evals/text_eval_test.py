@@ -28,12 +28,17 @@ from tests.train.text_job_test import small_config
 SHARE = "0.0625"
 
 
+def coarsely(patch):
+    """One constant each, so that tuning takes no time."""
+    for grid in ("HALF_LIVES", "SIMILARITIES", "CHANGES"):
+        patch.setattr(text_policies, grid, (0.5,))
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """Workdir, run and results of an untrained manager, as if it were the end of training."""
     with pytest.MonkeyPatch.context() as patch:
-        for grid in ("HALF_LIVES", "SIMILARITIES", "CHANGES"):
-            patch.setattr(text_policies, grid, (0.5,))
+        coarsely(patch)
         config = small_config(tmp_path_factory.mktemp("text"))
         workdir = tmp_path_factory.mktemp("workdir")
         step = config.manager.num_steps
@@ -72,6 +77,18 @@ def test_every_policy_is_compared_and_shown(evaluated):
         for entry in entries:
             assert 0.0 <= entry["recall"] <= 1.0
             assert any(line.startswith(entry["name"]) for line in shown)
+
+
+def test_seeds_are_averaged_and_the_rest_is_as_with_one(evaluated, monkeypatch):
+    coarsely(monkeypatch)
+    config, texts = evaluated.run
+    models = [text_job.make_manager(config)] * 2
+    found = text_eval.compare(config, texts, models, splits=("test",), shares=(0.0625,))
+    before = evaluated.results["table"]["test"][SHARE]
+    for ours, one in zip(found["test"][SHARE], before, strict=True):
+        assert ours == {key: one[key] for key in ours} | (
+            {"seeds": 2 * one["seeds"]} if "seeds" in one else {}
+        )
 
 
 def test_groups_add_up_to_the_whole(evaluated):
