@@ -148,8 +148,8 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
     section, options = config.manager, sib.SibConfig(**config.sib)
     if not any(stream.question_valid.any() for stream in train_streams):
         raise UserError(
-            f"{config.data_dir}: no question can be made from the training rows; one needs rows of 4 "
-            "to 40 words with a word that few other rows have (mmmem_jax/data/stream_questions.py)"
+            f"{config.data_dir}: no question can be made from the training rows; they need 4 to 40 "
+            "words, and among them a word few other rows have (mmmem_jax/data/stream_questions.py)"
         )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
     sharding.check_divides(
