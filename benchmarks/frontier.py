@@ -1,10 +1,13 @@
 """The rate weight beta1 of eq. 10 trades accuracy for tokens held: the rate-accuracy frontier.
 
     python benchmarks/frontier.py --workdir=RUN          # two short points
-    python benchmarks/frontier.py --workdir=RUN --full   # four points of 120 updates
+    python benchmarks/frontier.py --workdir=RUN --full   # five points of 240 updates
 
 RUN is a finished run of configs/sib_grpo.py, whose eye and reader are used. Keys of the last line:
 points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats), num_steps.
+bound_rate has the prior of eq. 9, whose partition function is estimated from the memories of an
+update (bound_rate_counts: the share of them that count). In bound_rate_ref the prior is p_ref, and
+nothing is estimated.
 """
 
 import shutil
@@ -22,7 +25,8 @@ from mmmem_jax.evals import protocol, world_eval
 from mmmem_jax.train import checkpoints, world_job
 from mmmem_jax.train.metrics import read_metrics
 
-BETA1 = (0.0, 5e-4, 2e-3, 8e-3)
+BETA1 = (0.0, 2e-4, 5e-4, 2e-3, 8e-3)
+BOUNDS = ("bound_relevance", "bound_rate", "bound_rate_ref", "bound_rate_counts")
 
 
 def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_steps: int) -> dict:
@@ -41,7 +45,7 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
     return (
         {"beta1": beta1}
         | {key: entry[key] for key in ("tokens", "slots", "accuracy", "se")}
-        | {key: last[key] for key in ("bound_relevance", "bound_rate")}
+        | {key: last[key] for key in BOUNDS}
     )
 
 
@@ -52,7 +56,7 @@ def main() -> None:
     flags.log_plainly()
     base = common.workdir(args, "learning")
     run = world_eval.load_run(base)
-    num_steps = 120 if args.full else 2 * run.config.manager.log_every
+    num_steps = 240 if args.full else 2 * run.config.manager.log_every
     points = [
         measure(run, base, base / "frontier" / f"{num_steps}_{beta1:g}", beta1, num_steps)
         for beta1 in (BETA1 if args.full else BETA1[:2])

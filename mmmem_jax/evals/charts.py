@@ -40,7 +40,11 @@ CURVES = (
     ("manager", "compression", {"compression": "compression"}),
     ("manager", "share of zero-variance groups", {"zero_std_share": "share"}),
     ("manager", "relevance bound on I(M;Y)", {"bound_relevance": "bound"}),
-    ("manager", "rate bound on I(X;M)", {"bound_rate": "bound"}),
+    (
+        "manager",
+        "rate bounds on I(X;M)",
+        {"bound_rate": "prior of eq. 9", "bound_rate_ref": "reference"},
+    ),
     ("manager", "decisions per second", {"decisions_per_s": "decisions/s"}),
     ("held-out", "by checkpoint", {"accuracy": "accuracy", "recall": "evidence recall"}),
 )

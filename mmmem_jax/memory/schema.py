@@ -51,7 +51,10 @@ def similarity(schema: SymbolicSchema, mention: Float[Array, "D"]) -> Float[Arra
 
 
 def _insert_mention(schema, item, mention, episode, strength, enabled, config):
-    """Merges one mention into its entity, or opens one; returns the schema and the slot."""
+    """Merges one mention into its entity, or opens one.
+
+    Returns the schema, the slot that took the mention and the slot that it opened, -1 for none.
+    """
     near = jnp.where(schema.valid, similarity(schema, mention), -jnp.inf)
     nearest = slots.argmax(near)
     known = near[nearest] >= config.entity_similarity
@@ -81,21 +84,23 @@ def _insert_mention(schema, item, mention, episode, strength, enabled, config):
         "valid": jnp.asarray(True),
     }
     table = {name: getattr(schema, name) for name in ENTITY_FIELDS}
-    replaced = enabled & ~known & schema.valid[slot]
-    gone = (schema.relations[:, 0] == slot) | (schema.relations[:, 2] == slot)
-    schema = schema.replace(
-        **slots.write(table, slot, row, enabled),
-        relation_valid=schema.relation_valid & ~(gone & replaced),
-    )
-    return schema, jnp.where(enabled, slot, -1)
+    schema = schema.replace(**slots.write(table, slot, row, enabled))
+    return schema, jnp.where(enabled, slot, -1), jnp.where(enabled & ~known, slot, -1)
+
+
+def _unrelate(schema, opened):
+    """Removes the edges of the entities that were in the slots `opened` [E] before."""
+    ends = schema.relations[:, ::2]
+    gone = (ends[..., None] == opened).any((1, 2))
+    return schema.replace(relation_valid=schema.relation_valid & ~gone)
 
 
 def _insert_relation(schema, subject, relation, target, time, enabled):
     """Adds or refreshes the edge subject -relation-> target; the longest unseen one goes first."""
     edge = jnp.stack([subject, relation, target]).astype(jnp.int32)
     same = schema.relation_valid & jnp.all(schema.relations == edge, axis=-1)
-    oldest = slots.argmin(jnp.where(schema.relation_valid, schema.relation_time, -jnp.inf))
-    index = jnp.where(jnp.any(same), jnp.argmax(same), oldest)
+    seen = jnp.where(schema.relation_valid, schema.relation_time, -1.0)  # unused rows go first
+    index = slots.argmin(jnp.where(same, -jnp.inf, seen))
     enabled = enabled & (subject >= 0) & (target >= 0) & (subject != target) & (relation >= 0)
     table = (schema.relations, schema.relation_time, schema.relation_valid)
     relations, relation_time, relation_valid = slots.write(
@@ -116,12 +121,15 @@ def update(
     """Takes the mentions of an item kept in episodic slot `episode` (-1: not kept)."""
     kept = episode >= 0
     episode_edge = slots.only(episode, kept, config.episodic_slots)
-    entities = []
+    entities, opened = [], []
     for mention, valid in zip(item.mention, item.mention_valid, strict=True):
-        schema, slot = _insert_mention(
+        schema, slot, fresh = _insert_mention(
             schema, item, mention, episode_edge, strength, kept & valid, config
         )
         entities.append(slot)
+        opened.append(fresh)
+    if entities and config.num_relations:
+        schema = _unrelate(schema, jnp.stack(opened))
     if len(entities) >= 2 and config.num_relations:
         schema = _insert_relation(
             schema, entities[0], item.relation, entities[1], item.span[1], kept
