@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import jax
 import numpy as np
 
 from benchmarks import common
@@ -27,10 +28,11 @@ SHARED = ("perception", "reader", world_job.CALIBRATED)
 
 
 def make_config(seed: int, credit: str, full: bool):
-    """The default configuration (smoke where quick) with a seed and a credit."""
+    """The default configuration (smoke where quick) with a seed and a credit, on all devices."""
     config = common.make_config(full)
     config.seed = seed
     config.sib.credit = credit
+    config.mesh.data = jax.device_count()
     return config
 
 
@@ -111,7 +113,9 @@ def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--credits", default="trajectory", help="other credits, comma-separated")
     parser.add_argument("--seeds", help="comma-separated; default 0,1,2 with --full, else 0")
+    parser.add_argument("--cpu_devices", type=int, default=1, help="devices to see in the CPU")
     args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     flags.log_plainly()
     seeds = [int(s) for s in (args.seeds or ("0,1,2" if args.full else "0")).split(",")]
     root = common.workdir(args, "learning")

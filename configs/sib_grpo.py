@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "learning_rate": 4e-3, "hidden": 64, "log_every": 100, "save_every": 500}
     )  # fmt: skip
     config.manager = ml_collections.ConfigDict(
-        {"num_steps": 440, "batch_size": 16, "questions_per_stream": 8, "learning_rate": 2e-3,
+        {"num_steps": 1000, "batch_size": 16, "questions_per_stream": 8, "learning_rate": 2e-3,
          "hidden": 64, "log_every": 20, "save_every": 100}
     )  # fmt: skip
     config.sib = ml_collections.ConfigDict(
