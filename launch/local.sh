@@ -58,10 +58,12 @@ fi
 ensure_venv "$venv" "$clone" --editable "$clone"
 cd -- "$clone"
 options=()
-if [[ $config == *sib_grpo* && -z ${XLA_FLAGS:-} && $(getconf _NPROCESSORS_ONLN) -ge 2 ]]; then
+if [[ $config == *sib_grpo* && -z ${XLA_FLAGS:-} && $(getconf _NPROCESSORS_ONLN) -ge 2 &&
+  $("$venv/bin/python" -c 'import jax; print(jax.default_backend())') == cpu ]]; then
   # Two devices in the CPU share the streams of a batch: a third faster than one on two cores.
   export XLA_FLAGS=--xla_force_host_platform_device_count=2
   options+=(--config.mesh.data=2)
 fi
-"$venv/bin/python" -m mmmem_jax.main --config="$config" --workdir="$workdir" "${options[@]}"
+"$venv/bin/python" -m mmmem_jax.main --config="$config" --workdir="$workdir" \
+  ${options[@]+"${options[@]}"}
 "$venv/bin/python" -m mmmem_jax.eval_main --workdir="$workdir"
