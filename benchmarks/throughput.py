@@ -128,8 +128,13 @@ def time_jax(run, *args, decisions: int) -> float:
     return decisions / (time.perf_counter() - started)
 
 
-def training(config, model, batch, mesh):
-    """A compiled SIB-GRPO update of this batch, and its arguments."""
+def training(config, model, streams, mesh):
+    """A compiled SIB-GRPO update of the main job on these streams, and its arguments."""
+    size, questions = config.manager.batch_size, config.manager.questions_per_stream
+    loader = encoded.make_loader(
+        streams, seed=SEED, batch_size=size, questions_per_stream=questions
+    )
+    batch = sharding.put_batch(mesh, next(loader))
     graphdef, _ = nnx.split(model)
     reader_graphdef, reader_params = nnx.split(world_job.make_models(config).reader)
     optimizer = world_job.manager_optimizer(config)
@@ -157,8 +162,8 @@ def measure(full: bool, workdir: Path) -> dict:
     eye = world_job.make_models(config).eye
     made = world_job.make_streams(config, "test", config.manager.batch_size)
     mesh = sharding.make_mesh(data=-1, group=1)
-    streams = sharding.put_batch(mesh, world_job.encode_streams(eye, made, config.dim))
-    items = encoded.to_items(streams)
+    streams = world_job.encode_streams(eye, made, config.dim)
+    items = encoded.to_items(sharding.put_batch(mesh, streams))
     rng_key, num_streams = jax.random.key(SEED), len(items.valid)
     rollouts = {
         f"jax_{num_streams * g}": (jax_rollout(config, model, mesh, g), items.valid.size * g)
