@@ -113,18 +113,21 @@ class TestLaunch:
         python = clone / ".venv/bin/python"
         python.parent.mkdir(parents=True)
         python.write_text(
-            '#!/bin/sh\necho "$PWD: $*" >> "$CALLS"\n'
+            '#!/bin/sh\ncase "$*" in *default_backend*) echo "$BACKEND"; exit ;; esac\n'
+            'echo "$PWD: $*" >> "$CALLS"\n'
             'case "$*" in *"$FAIL"*) exit 7 ;; esac\n'  # FAIL is a word no call has, by default
         )
         python.chmod(0o755)
         return clone
 
-    def _launch(self, clone, *args, fail="nothing"):
-        """Returns the finished script and the calls that Python got."""
+    def _launch(self, clone, *args, fail="nothing", **env):
+        """Returns the finished script and the calls that Python got, but for that for JAX's name of
+        the backend."""
         calls, cwd = clone.parent / "calls", clone.parent / "elsewhere"
         cwd.mkdir(exist_ok=True)
         calls.write_text("")
-        env = os.environ | {"CALLS": str(calls), "FAIL": fail}
+        given = {"CALLS": str(calls), "FAIL": fail, "BACKEND": "gpu", "XLA_FLAGS": ""}
+        env = os.environ | given | env
         done = _run("bash", str(clone / "launch/local.sh"), *args, cwd=cwd, env=env)
         return done, calls.read_text().splitlines()
 
@@ -142,6 +145,20 @@ class TestLaunch:
         assert self._launch(clone)[1] == runs
         (clone / "pyproject.toml").write_text("changed")
         assert self._launch(clone)[1] == calls
+
+    @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+    @pytest.mark.parametrize(
+        ("config", "env", "splits"),
+        [
+            ("configs/sib_grpo.py:smoke", {"BACKEND": "cpu"}, True),
+            ("configs/sib_grpo.py", {"BACKEND": "gpu"}, False),
+            ("configs/sib_grpo.py", {"BACKEND": "cpu", "XLA_FLAGS": "--mine"}, False),
+            ("configs/timed_text.py", {"BACKEND": "cpu"}, False),
+        ],
+    )
+    def test_splits_streams_over_the_cores_of_a_cpu(self, clone, config, env, splits):
+        _, (*_, train, _) = self._launch(clone, "--config", config, **env)
+        assert train.endswith(" --config.mesh.data=2") == splits
 
     def test_options(self, clone):
         _, calls = self._launch(clone, "--config", "configs/sib_grpo.py:smoke", "--workdir=my run")
