@@ -1,7 +1,6 @@
 """Evaluation of a text run: every policy at every budget, the results, the report and the table."""
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +12,20 @@ from ml_collections import ConfigDict
 
 from mmmem_jax import provenance
 from mmmem_jax.errors import UserError
-from mmmem_jax.evals import follow, text_example, text_policies, text_questions, text_report
+from mmmem_jax.evals import (
+    follow,
+    outputs,
+    text_example,
+    text_policies,
+    text_questions,
+    text_report,
+)
 from mmmem_jax.evals.table import NOT_RULES
 from mmmem_jax.evals.text_policies import Setting
 from mmmem_jax.evals.text_protocol import Outcome, Text, prepare, run_policy
 from mmmem_jax.evals.text_questions import KINDS
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.train import checkpoints, text_job
-from mmmem_jax.train.metrics import read_metrics
 
 LOG = logging.getLogger("mmmem_jax")
 
@@ -210,8 +215,7 @@ def example_of(run: Run, found: dict[str, Found]) -> dict:
 
 def full_evaluation(run: Run, workdir: Path, step: int, model: Manager) -> dict:
     """Compares all policies at one checkpoint and writes everything below workdir/eval."""
-    out, settings = workdir / "eval", run.config.eval
-    out.mkdir(exist_ok=True)
+    settings = run.config.eval
     started = time.monotonic()
     found = dict(
         run_all(run.config, run.texts, [model], splits=settings.splits, shares=settings.shares)
@@ -229,13 +233,13 @@ def full_evaluation(run: Run, workdir: Path, step: int, model: Manager) -> dict:
         "example": example_of(run, found),
         "seconds": time.monotonic() - started,
     }
-    with (out / "questions.jsonl").open("w") as file:
-        for row in question_rows(run, found):
-            file.write(json.dumps(row) + "\n")
-    provenance.write_json(out / "results.json", results)
-    metrics = read_metrics(workdir / "metrics.jsonl") + follow.read_curve(workdir)
-    text_report.write_report(results, metrics, out / "report.html")
-    text_report.plot_summary(results, out / "summary.png")
+    outputs.write_outputs(
+        workdir,
+        results,
+        question_rows(run, found),
+        write_report=text_report.write_report,
+        plot_summary=text_report.plot_summary,
+    )
     return results
 
 

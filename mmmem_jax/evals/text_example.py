@@ -9,12 +9,9 @@ from mmmem_jax.data import text_streams
 from mmmem_jax.data.timed_text import Event
 from mmmem_jax.evals.text_protocol import Text, replay
 from mmmem_jax.retrieval import text_search
+from mmmem_jax.train import text_job
 
 MAX_ROWS = 8  # of one node, shown
-READERS = {
-    "egolife": text_streams.read_egolife_parts,
-    "timed_text": text_streams.read_timed_text_parts,
-}
 
 
 def make_example(
@@ -72,7 +69,7 @@ def choose(hits: Sequence[np.ndarray]) -> int:
 
 def _events(config: ConfigDict, stream_name: str) -> tuple[Event, ...]:
     """The rows of a stream, which keeps their embeddings alone."""
-    parts = READERS[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+    parts = text_job.read_parts(config)
     (found,) = (data.events for name, _, _, data in parts if name == stream_name)
     return found[: config.rows_per_stream or None]
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mmmem_jax import provenance
 from mmmem_jax.data import worlds
 from mmmem_jax.data.encoded import EncodedStream
-from mmmem_jax.evals import follow, protocol, report, table
+from mmmem_jax.evals import follow, outputs, protocol, report, table
 from mmmem_jax.evals.example import make_example
 from mmmem_jax.evals.protocol import Policy
 from mmmem_jax.memory.types import LEVELS
@@ -21,7 +21,6 @@ from mmmem_jax.models.frame_encoder import FrameEncoder
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies import rules
 from mmmem_jax.train import checkpoints, reader_phase, world_job
-from mmmem_jax.train.metrics import read_metrics
 
 LOG = logging.getLogger("mmmem_jax")
 
@@ -144,8 +143,6 @@ def question_rows(run: Run, records: dict[str, protocol.Records]):
 
 def full_evaluation(run: Run, workdir: Path, step: int, learned: Policy) -> dict:
     """Compares all policies at one checkpoint and writes everything below workdir/eval."""
-    out = workdir / "eval"
-    out.mkdir(exist_ok=True)
     started = time.monotonic()
     entries, records = compare(run, workdir, learned)
     ours, answer = records["learned"], run.streams.answer
@@ -171,13 +168,13 @@ def full_evaluation(run: Run, workdir: Path, step: int, learned: Policy) -> dict
         ),
         "seconds": time.monotonic() - started,
     }
-    with (out / "questions.jsonl").open("w") as file:
-        for row in question_rows(run, records):
-            file.write(json.dumps(row) + "\n")
-    provenance.write_json(out / "results.json", results)
-    metrics = read_metrics(workdir / "metrics.jsonl") + follow.read_curve(workdir)
-    report.write_report(results, metrics, out / "report.html")
-    table.plot_summary(results, out / "summary.png")
+    outputs.write_outputs(
+        workdir,
+        results,
+        question_rows(run, records),
+        write_report=report.write_report,
+        plot_summary=table.plot_summary,
+    )
     return results
 
 

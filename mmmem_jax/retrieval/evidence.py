@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mmmem_jax.memory import slots
 from mmmem_jax.memory.types import MemoryState
 
 SCHEMA, EPISODIC, SENSORY = 0, 1, 2  # reading order, top down
@@ -26,18 +27,14 @@ def slot_valid(state: MemoryState):
     return jnp.concatenate([state.sensory.valid, state.episodic.valid, state.schema.valid])
 
 
-def _unit(x):
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
-
-
 def slot_similarity(
     state: MemoryState, query: Float[Array, "Q D"], options: Float[Array, "Q O D"]
 ) -> Float[Array, "Q N"]:
     """Best cosine over options and over the vectors a slot holds (text, visuals, gloss)."""
-    wanted = _unit(query[:, None] + options)  # [Q, O, D]
+    wanted = slots.unit(query[:, None] + options)  # [Q, O, D]
 
     def best(*banks):  # each [n, D]
-        scores = [jnp.einsum("qod,nd->qon", wanted, _unit(b)).max(1) for b in banks]
+        scores = [jnp.einsum("qod,nd->qon", wanted, slots.unit(b)).max(1) for b in banks]
         return jnp.stack(scores).max(0)
 
     s, e, g = state.sensory, state.episodic, state.schema

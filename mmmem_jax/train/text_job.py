@@ -36,8 +36,8 @@ LOG = logging.getLogger("mmmem_jax")
 TEMPERATURES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 
 
-def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
-    """The streams of `config.data_dir`, embedded; training can do without the options.
+def read_parts(config: ConfigDict) -> list[tuple]:
+    """The parts of `config.data_dir` as `text_streams.make_streams` takes them.
 
     Raises:
       UserError: if there is no data_dir, or it cannot be read.
@@ -50,7 +50,16 @@ def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
     }
     if config.source not in readers:
         raise UserError(f"config.source is {config.source!r}; it must be {' or '.join(readers)}")
-    parts = readers[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+    return readers[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+
+
+def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
+    """The streams of `config.data_dir`, embedded; training can do without the options.
+
+    Raises:
+      UserError: if there is no data_dir, or it cannot be read.
+    """
+    parts = read_parts(config)
     encoder = Path(config.encoder_dir) if config.encoder_dir else fetch_minilm()
     cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir() / "embeddings"
     return text_streams.make_streams(
