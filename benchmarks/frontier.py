@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import jax
 from ml_collections import ConfigDict
 
 from benchmarks import common
@@ -33,6 +34,7 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
     """One point of the frontier: a manager trained at `beta1`, on held-out streams."""
     config = ConfigDict(checkpoints.read_config(base))
     config.sib.beta1 = beta1
+    config.mesh.data = jax.device_count()  # of this machine, whatever RUN was trained on
     config.manager.num_steps = num_steps
     config.manager.save_every = num_steps
     for phase in SHARED:
