@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 STDS = ("group", "batch", "off")
-_TINY = 1e-6
+_TINY = 1e-6  # of rewards in [-1, 1]; a share of larger ones
 
 
 class Advantages(NamedTuple):
@@ -52,7 +52,9 @@ def advantages(
     gain = returns_to_go(rewards, discount) if credit == "step" else rewards
     centred = gain - gain.mean(1, keepdims=True)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=1, keepdims=True))
-    weight = (spread > _TINY).astype(jnp.float32)
+    # float32 gives equal rewards of size 100 a spread of 1e-5.
+    size = jnp.maximum(jnp.abs(gain).max(1, keepdims=True), 1.0)
+    weight = (spread > _TINY * size).astype(jnp.float32)
     if std == "group":
         centred = centred / jnp.maximum(spread, _TINY)
     elif std == "batch":

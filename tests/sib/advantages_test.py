@@ -75,6 +75,18 @@ def test_a_batch_without_variance(std):
     assert float(out.zero_share) == 1
 
 
+@pytest.mark.parametrize("std", STDS)
+@pytest.mark.parametrize("size", [3, 5, 6, 8, 12, 100])
+@pytest.mark.parametrize("reward", [28.13, 57.3, -120.7])
+def test_equal_rewards_of_any_size_are_no_variance(reward, size, std):
+    rewards = np.full((2, size, 3), reward, np.float32)
+    rewards[0, 0, 1] *= 1.001  # the only group that differs
+    out = compute(rewards, std=std)
+    assert np.argwhere(np.asarray(out.weight)[:, 0]).tolist() == [[0, 1]]
+    assert float(out.zero_share) == pytest.approx(5 / 6)
+    assert np.argwhere(np.asarray(out.value).any(1)).tolist() == [[0, 1]]
+
+
 def test_an_unknown_std_is_refused():
     with pytest.raises(ValueError, match="group, batch, off, got 'on'"):
         compute(std="on")
