@@ -8,7 +8,17 @@ DIR holds EgoLife in its official layout; without --data_dir, $MMMEM_EGOLIFE_DIR
 line, at 1/16 of the tokens: recall_learned, recall_best_rule, best_rule_name, recall_unlimited, n,
 se (of each, and of the gap), official_* for the same on the labelled questions, acc_learned,
 acc_best_rule, acc_unlimited on the questions made from the day. `table` has every policy, share and
-day. Unlimited memory is no upper bound: what is dropped cannot distract.
+day, with recall by type of question. Unlimited memory is no upper bound: what is dropped cannot
+distract.
+
+What the numbers mean:
+- The budget is a share of the whole day's tokens, open from its first row. So when a question is
+  asked it is more than that share of what was seen until then: `share_of_seen` of each entry is the
+  mean of budget / tokens seen, at most 1. `uniform` keeps rows evenly spaced over the whole day, so
+  it gets nothing from this.
+- Evidence recall@5 is the share of questions with a node that counts as evidence among the five
+  nearest. Where a question has several evidence windows, finding any one of them is a hit; an
+  `order` question has four, one for each row that it compares.
 """
 
 import argparse

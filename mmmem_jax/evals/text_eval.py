@@ -89,8 +89,19 @@ def run_all(
 
 
 def summarise(name: str, outcome: Outcome) -> dict:
-    """A policy's entry of results.json; `accuracy` is that on the made questions."""
-    out: dict = {"name": name, "tokens": outcome.tokens, "slots": outcome.slots}
+    """A policy's entry of results.json; `accuracy` is that on the made questions.
+
+    `share_of_seen` is the mean over made questions of budget / tokens seen when asked, at most 1:
+    the budget is a share of the whole stream, but open from its first row. `uniform` keeps rows
+    evenly spaced over the whole stream, so it gets nothing from that.
+    """
+    shares = outcome.share_of_seen
+    out: dict = {
+        "name": name,
+        "tokens": outcome.tokens,
+        "slots": outcome.slots,
+        "share_of_seen": float(shares.mean()) if len(shares) else None,
+    }
     for prefix, records in (("", outcome.made), ("official_", outcome.labelled)):
         out |= {f"{prefix}{key}": value for key, value in text_questions.rates(records).items()}
     return out
@@ -121,11 +132,18 @@ def compare(
     splits: Sequence[str],
     shares: Sequence[float],
 ) -> dict:
-    """{split: {share: [entries]}}: the managers (one a seed), every rule, the oracle, unlimited."""
+    """{split: {share: [entries]}}: the managers (one a seed), every rule, the oracle, unlimited.
+
+    `by_type` of an entry is the recall of made questions by type, the mean over seeds for learned.
+    """
     results: dict = {split: {} for split in splits}
+    asked = {split: text_questions.asking(texts, split, "made") for split in splits}
     for share, found in run_all(config, texts, models, splits=splits, shares=shares):
         for split in splits:
-            results[split][share] = entries_of(found, split)
+            entries = results[split][share] = entries_of(found, split)
+            for entry in entries:
+                records = [run[split].made for run in found.runs[entry["name"]]]
+                entry["by_type"] = text_questions.recall_by_type(asked[split], records)
             LOG.info("share %s, %s\n%s", share, split, format_table(results[split][share]))
     return results
 

@@ -142,7 +142,10 @@ def unlimited(config: ConfigDict):
 
 
 def oracle_askable(setting: Setting):
-    """text -> Policy that knows which rows questions are made from."""
+    """text -> Policy that keeps random rows of those a question could be made from.
+
+    It knows which rows are askable, not which will be asked about: no upper bound.
+    """
 
     def policy(text: Text) -> Policy:
         chance = np.random.default_rng(0).random(len(text.items.valid))

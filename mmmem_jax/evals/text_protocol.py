@@ -1,7 +1,8 @@
 """The evaluation protocol on timed text: every policy on the same streams, budgets and questions.
 
 Strictly causal: a question is answered by the memory that has read exactly the rows that ended by
-its query time. The token budget is a share of the stream's tokens, fixed from its first row on. A
+its query time. The token budget is a share of the whole stream's tokens, open from its first row
+on: when a question is asked it is a larger share of what was seen (`Outcome.share_of_seen`). A
 question made from a stream searches that stream's memory. A labelled question searches the memories
 its video's earlier streams ended with (a day's memory is closed with the day) and the current one.
 """
@@ -16,7 +17,7 @@ import numpy as np
 
 from mmmem_jax import memory
 from mmmem_jax.data import text_streams
-from mmmem_jax.data.encoded import EncodedStream, to_items
+from mmmem_jax.data.encoded import to_items
 from mmmem_jax.data.text_streams import Asked, TextStream
 from mmmem_jax.evals.protocol import Policy
 from mmmem_jax.memory.types import Item, MemoryState
@@ -28,7 +29,6 @@ class Text(NamedTuple):
     """A stream with the items the memory reads, padded to a length that streams share."""
 
     stream: TextStream
-    encoded: EncodedStream
     items: Item  # [T_max]
 
 
@@ -52,7 +52,7 @@ def prepare(space, streams: Sequence[TextStream]) -> list[Text]:
     longest = max(len(x.valid) for x in encoded)
     rng = np.random.default_rng(0)  # draws no question: none fit into 0 places
     items = [to_items(text_streams.cut_segment(x, 0, longest, 0, rng)) for x in encoded]
-    return [Text(*each) for each in zip(streams, encoded, items, strict=True)]
+    return [Text(*each) for each in zip(streams, items, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="decide_fn", donate_argnames=("state", "node_of_row"))
@@ -149,6 +149,7 @@ class Outcome(NamedTuple):
     labelled: Records
     tokens: float  # held when the streams ended, mean
     slots: float
+    share_of_seen: np.ndarray  # [Q] of made questions: budget / tokens seen when asked, at most 1
 
 
 def run_policy(
@@ -179,7 +180,8 @@ def run_policy(
             continue
         groups = (stream.made, stream.labelled) if asked else ()
         times = sorted({np.inf}.union(*map(query_times, groups)))
-        held = dict(zip(times, replay(make_policy(text), text, times, seed=seed), strict=True))
+        policy = make_policy(text)
+        held = dict(zip(times, replay(policy, text, times, seed=seed), strict=True))
         before = closed.setdefault(stream.video, [])
         if asked:
             made = [held[t] for t in query_times(stream.made)]
@@ -196,10 +198,20 @@ def run_policy(
                     labelled=told,
                     tokens=float(stream.tokens[end.row].sum()),
                     slots=float(len(np.unique(end.node))),
+                    share_of_seen=share_of_seen(stream, policy.config.token_budget),
                 )
             )
         before.append((held[np.inf], stream))
     return {split: _pool(outcomes) for split, outcomes in found.items()}
+
+
+def share_of_seen(stream: TextStream, budget: int | None) -> np.ndarray:
+    """A budget as a share of the tokens seen when each made question is asked, [Q]; at most 1."""
+    rows = np.searchsorted(stream.span[:, 1], query_times(stream.made), side="right")
+    seen = np.concatenate([[0], np.cumsum(stream.tokens)])[rows]
+    if budget is None:
+        return np.ones(len(rows))
+    return np.minimum(1.0, budget / np.maximum(seen, 1))
 
 
 def _pool(outcomes: Sequence[Outcome]) -> Outcome:
@@ -209,6 +221,7 @@ def _pool(outcomes: Sequence[Outcome]) -> Outcome:
         labelled=_stack([o.labelled for o in outcomes]),
         tokens=float(np.mean([o.tokens for o in outcomes])),
         slots=float(np.mean([o.slots for o in outcomes])),
+        share_of_seen=np.concatenate([o.share_of_seen for o in outcomes]),
     )
 
 

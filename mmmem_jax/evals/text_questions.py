@@ -73,6 +73,20 @@ def groups(asked: Asking, records: Records) -> dict:
     }
 
 
+def recall_by_type(asked: Asking, seeds: Sequence[Records]) -> list[dict]:
+    """Recall by type of question, the mean over the records of several seeds."""
+    found = [groups(asked, records)["by_type"] for records in seeds]
+    return [
+        {"type": rows[0]["type"], "n": rows[0]["n"]}
+        | {key: _mean([row[key] for row in rows]) for key in ("recall", "recall_se")}
+        for rows in zip(*found, strict=True)
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
 def question_rows(
     texts: Sequence[Text], split: str, outcomes: Sequence[tuple[str, float, Outcome]]
 ) -> Iterator[dict]:

@@ -80,7 +80,7 @@ def _sections(results: dict) -> list[dict]:
         if not by_share:
             continue
         tables = []
-        for share in by_share:
+        for share, entries in by_share.items():
             views = {measure: view(results, split, share, measure) for measure in MEASURES}
             ordered = table.ordered(views["recall"])
             values = {
@@ -88,9 +88,18 @@ def _sections(results: dict) -> list[dict]:
                 for measure, found in views.items()
             }
             best = {measure: table.best_rule(found) for measure, found in views.items()}
-            tables.append({"share": share, "policies": ordered, "values": values, "best": best})
+            tables.append(
+                {"share": share, "policies": ordered, "values": values, "best": best}
+                | {"share_of_seen": _share_of_seen(entries)}
+            )
         out.append({"split": split, "tables": tables, "charts": _charts(results, split)})
     return out
+
+
+def _share_of_seen(entries: list[dict]) -> float | None:
+    """That of the policies with a budget, which share it."""
+    limited = [e for e in entries if e["name"] != table.UNLIMITED]
+    return limited[0].get("share_of_seen") if limited else None
 
 
 def _charts(results: dict, split: str) -> list[dict]:

@@ -86,9 +86,30 @@ def test_seeds_are_averaged_and_the_rest_is_as_with_one(evaluated, monkeypatch):
     found = text_eval.compare(config, texts, models, splits=("test",), shares=(0.0625,))
     before = evaluated.results["table"]["test"][SHARE]
     for ours, one in zip(found["test"][SHARE], before, strict=True):
-        assert ours == {key: one[key] for key in ours} | (
+        types = [{key: row[key] for key in ("type", "n", "recall", "recall_se")}
+                 for row in one["by_type"]]  # fmt: skip
+        assert ours == {key: one[key] for key in ours} | {"by_type": types} | (
             {"seeds": 2 * one["seeds"]} if "seeds" in one else {}
         )
+
+
+def test_recall_by_type_is_the_mean_over_seeds():
+    questions = [Question("q", "v", "?", ("a", "b"), 0, 1.0, (), kind) for kind in ("who", "when")]
+    asked = text_questions.Asking(questions, [], np.array([0.5, 0.5]))
+    both = np.ones(2, bool)
+    seeds = [Records(np.array(hit), both, both, both, both, np.zeros(2, int))
+             for hit in ([True, False], [True, True])]  # fmt: skip
+    when, who = text_questions.recall_by_type(asked, seeds)
+    assert (when["type"], when["n"], when["recall"]) == ("when", 1, 0.5)
+    assert (who["type"], who["n"], who["recall"]) == ("who", 1, 1.0)
+
+
+def test_the_budget_is_said_as_a_share_of_what_was_seen(evaluated):
+    for by_share in evaluated.results["table"].values():
+        *limited, unlimited = by_share[SHARE]
+        assert len({entry["share_of_seen"] for entry in limited}) == 1
+        assert float(SHARE) < limited[0]["share_of_seen"] < 1.0
+        assert unlimited["share_of_seen"] == 1.0
 
 
 def test_groups_add_up_to_the_whole(evaluated):

@@ -108,6 +108,20 @@ def test_labelled_questions_also_search_the_days_before(config, texts):
     assert found["test"].tokens == texts[2].stream.tokens.sum()
 
 
+def test_a_budget_is_a_larger_share_of_what_was_seen(texts):
+    stream = texts[2].stream
+    total = int(stream.tokens.sum())
+    expected = []
+    for question in stream.made.questions:
+        seen = stream.tokens[stream.span[:, 1] <= question.query_time].sum()
+        expected.append(min(1.0, (total // 4) / seen))
+    found = text_protocol.share_of_seen(stream, total // 4)
+    np.testing.assert_allclose(found, expected)
+    assert 0.25 < found.mean() < 1.0
+    np.testing.assert_array_equal(text_protocol.share_of_seen(stream, total), 1.0)
+    np.testing.assert_array_equal(text_protocol.share_of_seen(stream, None), 1.0)
+
+
 def test_nothing_kept_finds_nothing(config, texts):
     empty = Kept(np.zeros(0, int), np.zeros(0, int))
     stream = texts[2].stream

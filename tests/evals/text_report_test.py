@@ -28,7 +28,7 @@ def _entry(name, recall):
     by_type = [{"type": kind, **_rates(recall - 0.1 * i)} for i, kind in enumerate(("who", "when"))]
     by_age = [{"lo": 0.0, "hi": 1.5, **_rates(recall)}, {"lo": 1.5, "hi": 3.0, **NONE}]
     official = {f"official_{key}": value for key, value in _rates(recall / 3).items()}
-    held = {"name": name, "slots": 775.0, "tokens": 8944.3}
+    held = {"name": name, "slots": 775.0, "tokens": 8944.3, "share_of_seen": 0.1337}
     by = {"by_type": by_type, "by_age": by_age, "official_by_type": by_type[:1]}
     return held | _rates(recall) | official | by
 
@@ -80,6 +80,13 @@ def test_numbers_are_those_of_the_results(results):
     assert "oracle_askable (best rule)" not in text
     for shown in ("4,321", "8,944", "Who left?", "day 2, 1:00:00", "and 1 more rows", "0.50"):
         assert shown in text
+
+
+def test_what_the_numbers_mean_is_said(results):
+    text = _plain(text_report.render(results, METRICS))
+    assert text.count("the budget is on average 0.134 of the tokens seen until then") == 6
+    assert "an order question has four" in text
+    assert "and is no upper bound" in text
 
 
 def test_the_headline_is_of_the_last_split_and_the_first_share(results):
