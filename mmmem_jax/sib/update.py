@@ -245,6 +245,8 @@ def make_update(
         ref_from = manager.logits_fn(graphdef, state.params, seen, ref.context)
         gained = jnp.where(ref.valid, _log_prob_of(ref_from, ref.action) - ref.log_prob, 0.0)
         drawn = objective.Draws(terms.log_ratio.sum(-1), traj.tokens)
+        if config.credit == "state":  # the memory at the end is the work of generation 0 alone
+            drawn = objective.Draws(*(x[:, :1] for x in drawn))
         log_z, counts = objective.log_partition(
             drawn, objective.Draws(gained.sum(-1), ref.tokens), lam
         )

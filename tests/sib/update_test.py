@@ -168,6 +168,22 @@ def test_padding_is_never_learned_from(two_updates):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+def test_with_state_credit_the_rate_is_that_of_the_memory_made(two_updates):
+    """All go on from generation 0, whose trace and memory no other generation changes."""
+    (_, _, moved), *_ = two_updates
+
+    def bounds(num_generations):
+        config = SibConfig(
+            credit="state", block_size=2, num_generations=num_generations, beta1=1e-3
+        )
+        _, metrics = start(config)[1](moved, make_batch(2))
+        return {k: float(v) for k, v in metrics.items() if k.startswith("bound_rate")}
+
+    few, many = bounds(2), bounds(8)
+    assert few["bound_rate_ref"] != 0
+    assert few == pytest.approx(many, rel=1e-4)
+
+
 def learn(config, num_updates):
     """Task reward and tokens held, at the first update and over the last ten."""
     state, update = start(config, rate=0.02)
