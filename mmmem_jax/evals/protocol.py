@@ -19,7 +19,7 @@ from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies import manager, rules
 from mmmem_jax.retrieval.top_down import RetrievalConfig, flat, top_down
 from mmmem_jax.sib.rollout import episodic_tokens
-from mmmem_jax.train.reader_phase import unlimited_config
+from mmmem_jax.train import reader_phase
 
 
 class Policy(NamedTuple):
@@ -43,7 +43,8 @@ class Records(NamedTuple):
     tokens_read: np.ndarray  # [S, M] by top-down
     flat_tokens_read: np.ndarray  # [S, M]
     slots: np.ndarray  # [S]
-    tokens: np.ndarray  # [S] text tokens the episodic stream holds
+    tokens: np.ndarray  # [S] text tokens the episodic stream holds, |m| of eq. 9 and 10
+    tokens_all_levels: np.ndarray  # [S] text tokens the three levels hold
     source_tokens: np.ndarray  # [S] text tokens of the stream
 
 
@@ -113,6 +114,7 @@ def evaluate(
                 flat_tokens_read=flat_tokens,
                 slots=states.episodic.valid.sum(-1),
                 tokens=episodic_tokens(states),
+                tokens_all_levels=states.tokens,
                 source_tokens=jnp.where(items.valid, items.tokens, 0).sum(-1),
             )
         )
@@ -168,8 +170,12 @@ def summarise(name: str, records: Records, streams: EncodedStream) -> dict:
         "accuracy": total["accuracy"],
         "se": total["se"],
         "probability": float(np.exp(of_answer[valid]).mean()) if valid.any() else None,
+        "ece": reader_phase.expected_calibration_error(records.log_probs[valid], right[valid])
+        if valid.any()
+        else None,
         "slots": float(records.slots.mean()),
         "tokens": float(records.tokens.mean()),
+        "tokens_all_levels": float(records.tokens_all_levels.mean()),
         "compression": float(records.tokens.sum() / max(records.source_tokens.sum(), 1)),
         "accuracy_top_down": accuracy_of(records.top_down_log_probs),
         "tokens_read": float(records.tokens_read[valid].mean()) if valid.any() else None,
@@ -209,7 +215,9 @@ def rule_policy(rule: rules.Rule, config: MemoryConfig) -> Policy:
 def unlimited_policy(config: MemoryConfig, num_chunks: int) -> Policy:
     """Every chunk kept."""
     rule = rules.unlimited()
-    return Policy(rule.name, rule.decide_fn, rule.params, unlimited_config(config, num_chunks))
+    return Policy(
+        rule.name, rule.decide_fn, rule.params, reader_phase.unlimited_config(config, num_chunks)
+    )
 
 
 SIMILARITIES = (0.3, 0.5, 0.7, 0.9)

@@ -91,7 +91,18 @@ def role(name, best: dict | None) -> str:
 
 def format_table(results: dict) -> str:
     """The results table in aligned ASCII, one line a policy under a header and a rule."""
-    rows = [("policy", "accuracy", "slots", "tokens", "compression", "top-down", "tokens read")]
+    rows = [
+        (
+            "policy",
+            "accuracy",
+            "slots",
+            "|m|",
+            "all levels",
+            "compression",
+            "top-down",
+            "tokens read",
+        )
+    ]
     for policy in ordered(results):
         name = str(policy.get("name") or "-").encode("ascii", "backslashreplace").decode()
         rows.append(
@@ -100,6 +111,7 @@ def format_table(results: dict) -> str:
                 plus_minus(policy.get("accuracy"), policy.get("se"), "+-"),
                 number(policy.get("slots")),
                 number(policy.get("tokens")),
+                number(policy.get("tokens_all_levels")),
                 number(policy.get("compression"), 4),
                 number(policy.get("accuracy_top_down"), 3),
                 number(policy.get("tokens_read")),

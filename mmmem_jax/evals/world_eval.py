@@ -20,7 +20,7 @@ from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.models.frame_encoder import FrameEncoder
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies import rules
-from mmmem_jax.train import checkpoints, reader_phase, world_job
+from mmmem_jax.train import checkpoints, world_job
 
 LOG = logging.getLogger("mmmem_jax")
 
@@ -145,7 +145,6 @@ def full_evaluation(run: Run, workdir: Path, step: int, learned: Policy) -> dict
     """Compares all policies at one checkpoint and writes everything below workdir/eval."""
     started = time.monotonic()
     entries, records = compare(run, workdir, learned)
-    ours, answer = records["learned"], run.streams.answer
     valid = run.streams.question_valid
     results = {
         "title": "What the memory learned to keep",
@@ -154,9 +153,7 @@ def full_evaluation(run: Run, workdir: Path, step: int, learned: Policy) -> dict
         "step": step,
         "num_streams": len(valid),
         "num_questions": int(valid.sum()),
-        "reader_ece": reader_phase.expected_calibration_error(
-            ours.log_probs[valid], (ours.log_probs.argmax(-1) == answer)[valid]
-        ),
+        "reader_ece": entries[0]["ece"],
         "policies": entries,
         "frontier": frontier(run, workdir, learned, entries),
         "example": make_example(

@@ -45,12 +45,16 @@ def slot_similarity(
 
 
 def slot_tokens(state: MemoryState, visual_tokens: tuple[int, int]) -> Int[Array, "N"]:
-    """Tokens to read each slot: its text, plus visual tokens of (a coarse view, a full view)."""
+    """Tokens to read each slot: its text, plus visual tokens of (a coarse view, a full view).
+
+    An entity is read as two texts, gloss and profile; never told, they are two coarse views.
+    """
     coarse, full = visual_tokens
     s, e, g = state.sensory, state.episodic, state.schema
     seen = jnp.any(s.visual != 0, -1)
     views = jnp.sum(e.prototype_count > 0, -1)
-    return jnp.concatenate([s.tokens + full * seen, e.tokens + coarse * views, g.tokens])
+    entity = 2 * jnp.where(g.valid & (g.tokens == 0), coarse, g.tokens)
+    return jnp.concatenate([s.tokens + full * seen, e.tokens + coarse * views, entity])
 
 
 def links(state: MemoryState) -> tuple[jax.Array, jax.Array]:

@@ -77,7 +77,8 @@ def test_shares_and_scores_of_known_records(tiny_run):
         log_probs=right, top_down_log_probs=right, flat_log_probs=wrong,
         answer_entropy=np.zeros(shape), stop_step=zeros,
         stop_level=np.where(streams.family == 1, 2, 0), tokens_read=ones,
-        flat_tokens_read=4 * ones, slots=zeros[:, 0], tokens=zeros[:, 0], source_tokens=ones[:, 0],
+        flat_tokens_read=4 * ones, slots=zeros[:, 0], tokens=zeros[:, 0],
+        tokens_all_levels=zeros[:, 0], source_tokens=ones[:, 0],
     )  # fmt: skip
     found = retrieval.compare(records, streams)
     assert (found["top_down"], found["flat"], found["difference"]) == (1.0, 0.0, 1.0)

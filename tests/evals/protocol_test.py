@@ -49,10 +49,12 @@ def test_every_policy_keeps_the_budget_and_answers_all(streams):
         records = evaluate(policy, streams)
         assert records.slots.max() <= 4
         assert np.all(records.tokens <= records.source_tokens)
+        assert np.all(records.tokens <= records.tokens_all_levels)
         for log_probs in (records.log_probs, records.top_down_log_probs, records.flat_log_probs):
             np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1.0, rtol=1e-5)
         entry = protocol.summarise(policy.name, records, streams)
         assert entry["name"] == policy.name
+        assert 0.0 <= entry["ece"] <= 1.0
         assert sum(row["n"] for row in entry["by_family"]) == streams.question_valid.sum()
         assert sum(entry["stop_levels"].values()) == pytest.approx(1.0)
         json.dumps(entry, allow_nan=False)
@@ -86,7 +88,7 @@ def test_without_questions_there_is_no_accuracy(streams):
     silent = streams._replace(question_valid=np.zeros_like(streams.question_valid))
     policy = policies(64)[0]
     entry = protocol.summarise("learned", evaluate(policy, silent), silent)
-    assert entry["accuracy"] is entry["se"] is entry["accuracy_top_down"] is None
+    assert entry["accuracy"] is entry["se"] is entry["accuracy_top_down"] is entry["ece"] is None
     json.dumps(entry, allow_nan=False)
 
 

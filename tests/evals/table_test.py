@@ -18,6 +18,7 @@ RESULTS = {
             "se": 0.0093,
             "slots": 32,
             "tokens": 412.6,
+            "tokens_all_levels": 901.2,
             "compression": 0.0418,
             "accuracy_top_down": 0.7218,
             "tokens_read": 51.25,
@@ -34,9 +35,9 @@ def test_rows_are_in_order_aligned_and_hold_the_numbers():
     names = [line.split()[0] for line in lines[2:]]
     assert names == ["learned", "reservoir", "uniform", "no_score", "unlimited"]
     assert lines[2].split() == (
-        ["learned", "0.734", "+-", "0.009", "32", "413", "0.0418", "0.722", "51.2"]
+        ["learned", "0.734", "+-", "0.009", "32", "413", "901", "0.0418", "0.722", "51.2"]
     )
-    assert lines[-1].split() == ["unlimited", "0.812", "+-", "0.007", "256", "9,876", *"---"]
+    assert lines[-1].split() == ["unlimited", "0.812", "+-", "0.007", "256", "9,876", *"----"]
     assert {len(line) for line in lines} == {len(lines[0])}
 
 

@@ -54,8 +54,16 @@ def test_cost_is_text_plus_views(state):
     views = (np.asarray(e.prototype_count) > 0).sum(1)
     assert cost[:3].tolist() == (np.asarray(s.tokens) + 16 * seen).tolist()
     assert cost[3:7].tolist() == (np.asarray(e.tokens) + 4 * views).tolist()
-    assert cost[7:].tolist() == np.asarray(g.tokens).tolist()
+    assert cost[7:].tolist() == (2 * np.asarray(g.tokens)).tolist()  # gloss and profile
     assert np.ptp(views) > 0
+
+
+def test_an_entity_never_told_costs_two_views_and_an_empty_slot_nothing(state):
+    schema = state.schema.replace(
+        tokens=jnp.zeros(5, jnp.int32), valid=jnp.array([True, False, True, False, True])
+    )
+    cost = np.asarray(ev.slot_tokens(state.replace(schema=schema), (4, 16)))
+    assert cost[7:].tolist() == [8, 0, 8, 0, 8]
 
 
 def test_links_lead_from_live_slots_to_live_slots(state):
