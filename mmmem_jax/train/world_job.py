@@ -26,6 +26,8 @@ from mmmem_jax.train.trainer import FitConfig, fit
 
 LOG = logging.getLogger("mmmem_jax")
 SPLITS = {"perception": 0, "train": 1, "validation": 2, "test": 3}
+# Test streams before this one were looked at while the number of updates was chosen.
+FIRST_STREAM = {"test": 1000}
 PHASES = ("perception", "reader", "manager")
 CALIBRATED = "calibrated_reader"  # folder of the reader with its temperature set
 
@@ -68,7 +70,8 @@ def make_streams(
         options["num_chunks"] = num_chunks
     world = worlds.WorldConfig(**options)
     seed = config.seed * len(SPLITS) + SPLITS[split]
-    return [worlds.make_stream(seed, i, world) for i in range(size)]
+    first = FIRST_STREAM.get(split, 0)
+    return [worlds.make_stream(seed, first + i, world) for i in range(size)]
 
 
 def encode_streams(eye: FrameEncoder, streams, dim: int) -> EncodedStream:
