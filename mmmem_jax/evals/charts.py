@@ -42,7 +42,7 @@ CURVES = (
     ("manager", "relevance bound on I(M;Y)", {"bound_relevance": "bound"}),
     (
         "manager",
-        "rate bounds on I(X;M)",
+        "rate bounds of action traces, nats",
         {"bound_rate": "prior of eq. 9", "bound_rate_ref": "reference"},
     ),
     ("manager", "decisions per second", {"decisions_per_s": "decisions/s"}),

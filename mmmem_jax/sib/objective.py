@@ -50,9 +50,17 @@ def log_partition(policy: Draws, ref: Draws, lam: float) -> tuple[Array, Array]:
 
 
 def rate_bound(policy: Draws, log_z: Float[Array, ""], lam: float) -> Float[Array, ""]:
-    """Upper bound of I(X; M): E[log pi / p_ref + lambda |m|] + log Z (eq. 7 with the prior of 9).
+    """Upper bound of KL(pi || prior) of action traces: E[log pi / p_ref + lambda |m|] + log Z.
 
-    `log_ratio` sums over the decisions of a trace, so both sides are per stream. With lam = 0 and
-    log_z = 0 the prior is p_ref itself: looser, but nothing in it is estimated.
+    This is eq. 7 over traces: it bounds what the decisions tell, not I(X; M), for the text that a
+    memory holds may tell more. `log_ratio` sums over the decisions of a trace, so the rate is per
+    stream. Either prior may be the tighter.
+
+    With lam = 0 and log_z = 0 the prior is p_ref. As long as p_ref does not look at the stream (an
+    untrained manager does not), this bounds I(X; trace), and nothing in it is estimated.
+
+    The prior of eq. 9 knows how long chunks are: it bounds what traces tell beyond that. Its log Z
+    is estimated low on average, so the bound may be too small; it is no bound where one memory
+    decides (N times the share that `log_partition` gives is about 1).
     """
     return jnp.mean(policy.log_ratio + lam * policy.tokens) + log_z
