@@ -32,7 +32,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class MetricsWriter:
-    """Writes the rows of one phase; rows past the step it resumes from are dropped first."""
+    """Writes the rows of one phase; rows past the step it resumes from are dropped first.
+
+    TensorBoard's points of these steps stay in its files, and TensorBoard hides them.
+    """
 
     def __init__(self, workdir: Path, phase: str, first_step: int):
         self._phase = phase
@@ -42,7 +45,9 @@ class MetricsWriter:
         partial.write_text("".join(json.dumps(r) + "\n" for r in rows))
         partial.replace(path)
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=None)
+        # A folder each: TensorBoard hides what a folder has from the purge step on, of any phase.
+        folder = workdir / "tensorboard" / phase
+        self._tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one row and flushes it."""
@@ -58,12 +63,13 @@ class MetricsWriter:
 
 
 def check_finite(phase: str, step: int, values: dict[str, float], last_good: int | None) -> None:
-    """Raises UserError naming every value that is NaN or infinite."""
+    """Raises UserError naming the first values that are NaN or infinite."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         saved = f"step {last_good} is saved" if last_good is not None else "no step is saved"
         raise UserError(
-            f"{phase} step {step}: {', '.join(bad)} not finite; {saved}; "
+            f"{phase} step {step}: {', '.join(bad[:3])}{more} not finite; {saved}; "
             f"lower config.{phase}.learning_rate"
         )
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import struct
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import metrics
@@ -23,7 +25,29 @@ def test_rows_come_back(tmp_path):
     assert [(r["phase"], r["step"], r["loss"]) for r in rows] == [
         ("eye", 1, 0.5), ("eye", 2, 1.0), ("reader", 1, 0.5),
     ]  # fmt: skip
-    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def tensorboard_shows(folder) -> list[int]:
+    """Steps of one phase as TensorBoard reads its files: a session start hides what it redoes."""
+    steps = []
+    for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # a TFRecord: length, its checksum, the event, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                steps = [step for step in steps if step < event.step]
+            steps += [event.step] if event.summary.value else []
+    return steps
+
+
+def test_tensorboard_hides_the_points_past_the_checkpoint(tmp_path):
+    write(tmp_path, "reader", 0, [1, 2])
+    write(tmp_path, "eye", 0, [1, 2, 3])
+    write(tmp_path, "eye", 2, [3, 4])
+    write(tmp_path, "eye", 0, [1])
+    assert tensorboard_shows(tmp_path / "tensorboard" / "reader") == [1, 2]
+    assert tensorboard_shows(tmp_path / "tensorboard" / "eye") == [1]
 
 
 def test_resuming_drops_the_rows_past_the_checkpoint(tmp_path):
@@ -55,6 +79,8 @@ def test_what_is_not_finite_is_named(bad, saved, says):
     assert says in message
     assert "loss" not in message
     metrics.check_finite("manager", 42, {"loss": 1.0}, saved)
+    with pytest.raises(UserError, match=r": a, b, c and 2 more not finite"):
+        metrics.check_finite("manager", 42, dict.fromkeys("abcde", bad), saved)
 
 
 def test_a_log_gets_plain_lines(monkeypatch, caplog):
