@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmmem_jax.errors import UserError
@@ -25,15 +26,43 @@ class FitConfig:
     decisions_per_step: int = 0
 
     def __post_init__(self):
-        if self.log_every < 1 or self.save_every % self.log_every:
+        if self.num_steps < 1:
+            raise UserError(f"num_steps is {self.num_steps}; it must be at least 1")
+        if self.log_every < 1 or self.save_every < 1 or self.save_every % self.log_every:
             raise UserError(
                 f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}"
             )
 
 
-def _mean_of(window: list[dict]) -> dict[str, float]:
+def _reduced(window: list[dict]) -> dict[str, float]:
+    """One value a metric: extremes stay extremes, the rest are means."""
+
+    def reduce_fn(name):
+        if name.endswith("_max") or name == "ratio_first":
+            return np.max
+        return np.min if name.endswith("_min") else np.mean
+
     rows = jax.device_get(window)
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return {name: float(reduce_fn(name)([row[name] for row in rows])) for name in rows[0]}
+
+
+@jax.jit
+def _nan_if_not_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(jnp.isfinite(x).all(), 0.0, jnp.nan) for x in leaves]
+
+
+def _check_state(phase: str, step: int, state, last_good: int | None) -> None:
+    """Raises UserError naming the float leaves that are not finite.
+
+    A step's metrics are of the parameters before it, so the last update shows in the state alone.
+    """
+    floats = {
+        "state." + jax.tree_util.keystr(path, simple=True, separator="."): x
+        for path, x in jax.tree.leaves_with_path(state)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    }
+    found = jax.device_get(_nan_if_not_finite(list(floats.values())))
+    check_finite(phase, step, dict(zip(floats, found, strict=True)), last_good)
 
 
 def fit(
@@ -51,7 +80,9 @@ def fit(
 
     What is random must follow from `state` and the batch, so a killed run that resumes from its
     newest checkpoint goes through the same states and logs the same rows. Metrics are means over
-    the steps since the last report. A `collapse_*` metric that stays 1 is warned of.
+    the steps since the last report; names that end in `_max` and `ratio_first` are the largest
+    value of these steps, names that end in `_min` the smallest. A `collapse_*` metric that stays 1
+    is warned of. A state is only saved if all its floats are finite.
 
     Args:
       phase: name of the checkpoint folder, of the metrics and of the config section.
@@ -64,7 +95,7 @@ def fit(
       put_batch: host batch to device batch.
 
     Raises:
-      UserError: if a metric is not finite.
+      UserError: if a metric, or a state about to be saved, is not finite.
     """
     folder = workdir / "checkpoints" / phase
     restored = checkpoints.load(folder, state)
@@ -93,8 +124,11 @@ def fit(
             last = step == fit_config.num_steps
             if step % fit_config.log_every and not last:
                 continue
-            values = _mean_of(window)
+            values = _reduced(window)
             check_finite(phase, step, values, last_good)
+            saves = last or step % fit_config.save_every == 0
+            if saves:
+                _check_state(phase, step, state, last_good)
             seconds = time.monotonic() - since
             values["seconds_data"] = loading / len(window)
             values["seconds_update"] = (seconds - loading) / len(window)
@@ -104,7 +138,7 @@ def fit(
                 LOG.warning("%s step %d: %s, the policy does one thing only", phase, step, name)
             writer.write(step, values)
             progress.report(step, {k: values[k] for k in fit_config.shown})
-            if step % fit_config.save_every == 0 or last:
+            if saves:
                 checkpoints.save(saved, step, state, loader.get_state(), config)
                 last_good = step
             window, since, loading = [], time.monotonic(), 0.0

@@ -1,5 +1,7 @@
 """Tests of mmmem_jax/train/trainer.py on a loss whose course is known."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,14 @@ def make_streams(num_streams: int = 6) -> encoded.EncodedStream:
     return encoded.EncodedStream(**(blank | {"visual": column}))
 
 
-def fit(workdir, num_steps: int, *, loss_fn=None, seed: int = 0):
+def fit(workdir, num_steps: int, *, loss_fn=None, seed: int = 0, rate=0.1, log_every: int = 1):
     """A phase that walks its parameters by random amounts and by what the batch holds."""
 
     def noisy(params, rng_key, batch):
         loss = params["w"] * (jax.random.normal(rng_key) + batch.visual.mean())
         return loss, {"loss": loss, "seen": batch.visual.sum()}
 
-    optimizer = optax.adam(0.1)
+    optimizer = optax.adam(rate)
     loader = encoded.make_loader(make_streams(), seed=seed, batch_size=2, questions_per_stream=1)
     return trainer.fit(
         "phase",
@@ -38,7 +40,7 @@ def fit(workdir, num_steps: int, *, loss_fn=None, seed: int = 0):
         loader,
         workdir=workdir,
         config=CONFIG,
-        fit_config=trainer.FitConfig(num_steps, 1, 2, ("loss",), decisions_per_step=2),
+        fit_config=trainer.FitConfig(num_steps, log_every, 2, ("loss",), decisions_per_step=2),
     )
 
 
@@ -97,7 +99,55 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
     assert max(steps) <= rows[-1]["step"] < 20
 
 
-@pytest.mark.parametrize(("log_every", "save_every"), [(2, 3), (0, 1), (10, 5)])
+@pytest.mark.parametrize("last", [4, 5])  # a multiple of save_every, and none
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, last):
+    """The last update breaks the parameters; its metrics, of those before it, are finite."""
+
+    def rate(count):
+        return jnp.where(count == last - 1, jnp.nan, 0.1)
+
+    with pytest.raises(UserError, match=rf"phase step {last}: state.params.w not finite; step"):
+        fit(tmp_path, last, rate=rate)
+    steps = checkpoints.steps(tmp_path / "checkpoints" / "phase")
+    assert steps
+    assert max(steps) < last
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, last))
+
+
+def test_extremes_are_not_averaged(tmp_path):
+    def loss_fn(params, rng_key, batch):  # 1.0 first, then 0.9
+        names = ("loss", "ratio_max", "ratio_min", "ratio_first")
+        return params["w"], dict.fromkeys(names, params["w"])
+
+    fit(tmp_path, 2, loss_fn=loss_fn, log_every=2)
+    (row,) = rows_of(tmp_path)
+    assert row["loss"] == pytest.approx(0.95)
+    assert row["ratio_max"] == row["ratio_first"] == 1.0
+    assert row["ratio_min"] == pytest.approx(0.9)
+
+
+def test_collapse_is_warned_of_where_it_lasts(tmp_path, caplog):
+    def loss_fn(params, rng_key, batch):
+        metrics = {"loss": 0.0, "collapse_add": 0, "collapse_merge": 1}
+        metrics["collapse_discard"] = (batch.visual.mean() > 2).astype(jnp.int32)
+        return params["w"] * 0.0, jax.tree.map(jnp.asarray, metrics)
+
+    with caplog.at_level(logging.WARNING, "mmmem_jax"):
+        fit(tmp_path, 6, loss_fn=loss_fn, log_every=2)
+    assert [m.split(":")[0] for m in caplog.messages if "collapse_merge" in m] == [
+        "phase step 2", "phase step 4", "phase step 6",
+    ]  # fmt: skip
+    lasting = [row["step"] for row in rows_of(tmp_path) if row["collapse_discard"] == 1]
+    assert len([m for m in caplog.messages if "collapse_discard" in m]) == len(lasting) < 3
+    assert not any("collapse_add" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize(("log_every", "save_every"), [(2, 3), (0, 1), (10, 5), (2, 0)])
 def test_intervals_must_fit(log_every, save_every):
     with pytest.raises(UserError, match="must be a multiple of log_every"):
         trainer.FitConfig(10, log_every, save_every)
+
+
+def test_a_phase_has_steps():
+    with pytest.raises(UserError, match="num_steps is 0; it must be at least 1"):
+        trainer.FitConfig(0, 1, 1)
