@@ -44,7 +44,7 @@ def load_run(workdir: Path, *, num_streams: int | None = None, split: str = "tes
     config = ConfigDict(checkpoints.read_config(workdir))
     models = world_job.make_models(config)
     eye = world_job.load_eye(config, workdir, models.eye)
-    reader = world_job.load_reader(config, workdir, models.reader)
+    reader = world_job.load_reader(workdir, models.reader)
     made = world_job.make_streams(config, split, num_streams or config.streams[split])
     return Run(config, eye, reader, made, world_job.encode_streams(eye, made, config.dim))
 

@@ -122,9 +122,8 @@ def load_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEnc
     return nnx.merge(graphdef, checkpoints.load_phase(workdir, "perception", start)[0].params)
 
 
-def load_reader(config: ConfigDict, workdir: Path, model: Reader) -> Reader:
+def load_reader(workdir: Path, model: Reader) -> Reader:
     """The calibrated reader of a workdir."""
-    del config
     graphdef, params = nnx.split(model)
     return nnx.merge(
         graphdef, checkpoints.load_phase(workdir, CALIBRATED, {"params": params})[0]["params"]
@@ -172,7 +171,7 @@ def train_reader(
     graphdef, params = nnx.split(model)
     section = config.reader
     if checkpoints.steps(workdir / "checkpoints" / CALIBRATED):
-        return load_reader(config, workdir, model)
+        return load_reader(workdir, model)
     schedule = optax.cosine_decay_schedule(section.learning_rate, section.num_steps, alpha=0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     # Partial evidence comes from a fixed ladder, so that answering can be tuned without retraining.

@@ -48,7 +48,7 @@ def test_a_run_comes_back(tiny_run):
     config = ml_collections.ConfigDict(checkpoints.read_config(tiny_run))
     models = world_job.make_models(config)
     eye = world_job.load_eye(config, tiny_run, models.eye)
-    reader = world_job.load_reader(config, tiny_run, models.reader)
+    reader = world_job.load_reader(tiny_run, models.reader)
     manager, step = world_job.load_manager(config, tiny_run, models.manager, None)
     earlier, earlier_step = world_job.load_manager(config, tiny_run, models.manager, 14)
     assert (step, earlier_step) == (16, 14)
