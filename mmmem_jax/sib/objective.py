@@ -7,13 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def relevance_bound(log_prob_answer: Float[Array, "..."], num_options: int, weight) -> Array:
+def relevance_bound(
+    log_prob_answer: Float[Array, "..."], entropy: Float[Array, "..."] | float, weight
+) -> Array:
     """Lower bound of I(M; Y): H(Y) + E log q(y | m).
 
-    Options are shuffled, so H(Y) = log O exactly. `weight` is 1 for questions that count.
+    Args:
+      log_prob_answer: log q(y | m).
+      entropy: H(Y) in nats, of the same shape or one that broadcasts to it.
+      weight: 1 for questions that count.
     """
-    mean = jnp.sum(log_prob_answer * weight) / jnp.maximum(jnp.sum(weight), 1)
-    return jnp.log(num_options) + mean
+    return jnp.sum((entropy + log_prob_answer) * weight) / jnp.maximum(jnp.sum(weight), 1)
 
 
 class Draws(NamedTuple):

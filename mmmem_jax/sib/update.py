@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.policies import manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig, top_down
 from mmmem_jax.sib import advantages, losses, objective, rewards
-from mmmem_jax.sib.rollout import rollout
+from mmmem_jax.sib.rollout import pad_to_units, rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class TaskFns(NamedTuple):
 
     reward: Callable[[MemoryState], Array]  # R of eq. 10, [B, G]
     final: Callable[[MemoryState], dict[str, Array]]  # what is logged of the memories at the end
-    num_options: int
+    entropy: Array | float  # H(Y) of what is asked for the relevance bound, nats, [B, 1] or []
 
 
 def reader_task(
@@ -112,7 +113,8 @@ def reader_task(
         def final(states):
             return {"log_prob": score("log_prob")(states), **stop_levels(states)}
 
-        return TaskFns(score(kind), final, questions.options.shape[-2])
+        # Options are shuffled, so each is as likely to be right.
+        return TaskFns(score(kind), final, math.log(questions.options.shape[-2]))
 
     return make
 
@@ -176,7 +178,7 @@ def make_update(
     lam = config.beta1 / config.beta2 if config.beta2 else 0.0  # rate in nats a token (eq. 9)
 
     def update(state: ManagerState, batch: EncodedStream):
-        items, task = to_items(batch), make_task(batch)
+        items, task = pad_to_units(to_items(batch), config.block_size), make_task(batch)
         rng_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         sample = functools.partial(
             rollout, items=items, init_state=memory.init(memory_config), decide_fn=decide_fn
@@ -255,7 +257,7 @@ def make_update(
         asked = batch.question_valid.any(-1, keepdims=True)
         metrics |= final
         metrics["bound_relevance"] = objective.relevance_bound(
-            log_prob_answer, task.num_options, jnp.broadcast_to(asked, log_prob_answer.shape)
+            log_prob_answer, task.entropy, jnp.broadcast_to(asked, log_prob_answer.shape)
         )
         metrics["bound_rate"] = objective.rate_bound(drawn, log_z, lam)
         metrics["bound_rate_ref"] = objective.rate_bound(drawn, jnp.asarray(0.0), 0.0)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mmmem_jax.data import text_streams
@@ -101,15 +102,32 @@ def memory_config(config: ConfigDict, slots: int, token_budget: int | None) -> M
     )
 
 
+def _question_entropy(
+    evidence: Int[Array, "Q S"], valid: Bool[Array, "Q"], num_rows: int
+) -> Float[Array, ""]:
+    """Mean over the Q valid questions of log(Q / how many of them share a row with this), nats.
+
+    It is the entropy of what is asked where questions share all of their evidence or none.
+    """
+    rows = jax.nn.one_hot(evidence, num_rows).sum(1)
+    alike = jnp.sum((rows @ rows.T > 0) & valid, axis=1)
+    count = jnp.maximum(valid.sum(), 1)
+    return jnp.sum(jnp.where(valid, jnp.log(count / jnp.maximum(alike, 1)), 0.0)) / count
+
+
 def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.TaskFns]:
     """What a batch's questions make of a memory: evidence mass, and its log for the bound.
 
-    For the bound Y is the row a question is about, one of T; q mixes retrieval with 5% of chance.
+    For the bound Y is the evidence of one of a segment's questions, each as likely to be asked; q
+    mixes retrieval over the T rows with 5% of chance.
     """
 
     def make(batch: EncodedStream) -> sib.TaskFns:
         questions, evidence = to_questions(batch), jnp.asarray(batch.evidence)
         num_rows = batch.valid.shape[-1]
+        entropy = jax.vmap(functools.partial(_question_entropy, num_rows=num_rows))(
+            evidence, questions.valid
+        )
 
         def scored(value):
             def one(state: MemoryState, query, found, valid):
@@ -123,7 +141,9 @@ def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.T
 
         log_prob = scored(lambda mass: jnp.log(0.95 * mass + 0.05 / num_rows))
         return sib.TaskFns(
-            scored(lambda mass: mass), lambda states: {"log_prob": log_prob(states)}, num_rows
+            scored(lambda mass: mass),
+            lambda states: {"log_prob": log_prob(states)},
+            entropy[:, None],
         )
 
     return make

@@ -12,15 +12,23 @@ RNG = np.random.default_rng(0)
 def test_relevance_is_the_entropy_of_the_answer_plus_what_the_reader_knows():
     log_p, weight = np.log(RNG.uniform(0.1, 1, (3, 4))), RNG.random((3, 4)) < 0.6
     expected = np.log(4) + log_p[weight].mean()
-    out = objective.relevance_bound(jnp.asarray(log_p), 4, jnp.asarray(weight))
+    out = objective.relevance_bound(jnp.asarray(log_p), np.log(4), jnp.asarray(weight))
     assert float(out) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("p", "expected"), [(1.0, np.log(5)), (0.2, 0.0)])
 def test_relevance_of_knowing_all_and_of_guessing(p, expected):
     log_p = jnp.full((7,), np.log(p))
-    out = objective.relevance_bound(log_p, 5, jnp.ones(7))
+    out = objective.relevance_bound(log_p, np.log(5), jnp.ones(7))
     assert float(out) == pytest.approx(expected, abs=1e-6)
+
+
+def test_relevance_takes_an_entropy_for_every_stream():
+    log_p, entropy = np.log(RNG.uniform(0.1, 1, (3, 4))), np.log([[2.0], [5.0], [9.0]])
+    weight = np.broadcast_to([[1], [0], [1]], (3, 4))
+    expected = (log_p[[0, 2]] + entropy[[0, 2]]).mean()
+    out = objective.relevance_bound(jnp.asarray(log_p), jnp.asarray(entropy), jnp.asarray(weight))
+    assert float(out) == pytest.approx(expected, rel=1e-5)
 
 
 def test_relevance_never_passes_the_information_there_is():
@@ -34,7 +42,7 @@ def test_relevance_never_passes_the_information_there_is():
             marginal = channel.mean(0)
             information = np.mean(np.sum(channel * np.log(channel / marginal), 1))
             bound = objective.relevance_bound(
-                jnp.log(q.reshape(-1)), 4, jnp.asarray(channel.reshape(-1) / 6)
+                jnp.log(q.reshape(-1)), np.log(4), jnp.asarray(channel.reshape(-1) / 6)
             )
             # log O stands for H(Y), which shuffled options make exact.
             slack = np.log(4) + np.sum(marginal * np.log(marginal))

@@ -66,7 +66,10 @@ def marks_kept(batch) -> TaskFns:
         held = states.episodic.valid & (states.episodic.text[..., 0] > 0.75)
         return held.mean(-1)
 
-    return TaskFns(reward, lambda states: {"log_prob": jnp.log(0.25 + 0.5 * reward(states))}, 4)
+    def final(states):
+        return {"log_prob": jnp.log(0.25 + 0.5 * reward(states))}
+
+    return TaskFns(reward, final, np.log(4))
 
 
 def start(config=SIB, make_task=marks_kept, rate=0.01, shard=lambda x: x):

@@ -140,6 +140,28 @@ def test_the_reward_is_the_mean_evidence_mass(config, batch):
         np.testing.assert_allclose(reward[b, 0], np.asarray(mass)[valid].mean(), rtol=1e-5)
     assert task.final(states)["log_prob"].shape == (2, 1)
     assert (task.final(states)["log_prob"] < 0).all()
+    asked = batch.question_valid.sum(1, keepdims=True)
+    assert np.all((task.entropy > 0) & (task.entropy <= np.log(asked) + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "expected"),
+    [
+        ([[3, -1], [4, -1], [7, 8], [9, -1]], np.log(4)),  # all different
+        ([[3, -1], [3, -1], [7, 8], [8, 7]], np.log(2)),  # two, each asked about twice
+        ([[3, -1], [3, 4], [3, 5], [9, -1]], np.log(4) - 0.75 * np.log(3)),
+        ([[3, -1], [3, -1], [3, -1], [3, -1]], 0.0),
+    ],
+)
+def test_what_is_asked_has_the_entropy_of_its_evidence(batch, evidence, expected):
+    # The last question is padding: it counts for nothing.
+    asked = batch._replace(
+        evidence=np.array([[*evidence, evidence[0]]]), question_valid=np.arange(5)[None] < 4
+    )
+    task = text_job.text_task(0.1)
+    np.testing.assert_allclose(task(asked).entropy, [[expected]], atol=1e-6)
+    nothing = task(asked._replace(question_valid=np.zeros((1, 5), bool)))
+    np.testing.assert_array_equal(nothing.entropy, [[0.0]])
 
 
 def test_an_empty_memory_earns_nothing(config, batch):
