@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lints, builds the wheel, and runs the tests against the installed wheel; sets itself up.
 #   bash test.sh [PYTEST ARGUMENTS]     e.g. bash test.sh tests/flags_test.py -k help
-# PYTHON=python3.11 chooses the interpreter, VENV=DIR the environment (default .venv-test).
+# PYTHON=python3.11 chooses the interpreter, VENV=DIR the environment (default .venv-test), which is
+# made anew where PYTHON names another version than it has.
 set -euo pipefail
 clone=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/venv.sh

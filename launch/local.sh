@@ -11,7 +11,8 @@ Usage: bash launch/local.sh [--config CONFIG] [--workdir DIR] [--venv DIR]
 
 Makes a virtual environment, installs mmmem_jax from this clone with the versions that were tested,
 trains (python -m mmmem_jax.main) and evaluates (python -m mmmem_jax.eval_main). Needs Python 3.11
-or 3.12; PYTHON=/path/to/python chooses one. Run again, it resumes and installs nothing.
+or 3.12; PYTHON=/path/to/python chooses one (an environment of another version is made anew). Run
+again, it resumes and installs nothing.
 
   --config CONFIG  config file of the clone, FILE or FILE:ARG (default configs/sib_grpo.py);
                    configs/sib_grpo.py:smoke does the whole way in a minute and a half

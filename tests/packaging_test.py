@@ -110,15 +110,27 @@ class TestLaunch:
         (clone / "launch").mkdir(parents=True)
         for name in ("launch/local.sh", "launch/venv.sh", "pyproject.toml", "requirements.txt"):
             (clone / name).write_text((REPO / name).read_text())
-        python = clone / ".venv/bin/python"
-        python.parent.mkdir(parents=True)
-        python.write_text(
-            '#!/bin/sh\ncase "$*" in *default_backend*) echo "$BACKEND"; exit ;; esac\n'
-            'echo "$PWD: $*" >> "$CALLS"\n'
-            'case "$*" in *"$FAIL"*) exit 7 ;; esac\n'  # FAIL is a word no call has, by default
-        )
-        python.chmod(0o755)
+        self._make_python(clone / ".venv/bin/python")
         return clone
+
+    def _make_python(self, path, *, version="3.11", pip="true"):
+        """A stand-in of a Python version, whose pip runs or is "false"; as PYTHON it makes
+        environments of itself."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"""#!/bin/sh
+case "$*" in
+  *default_backend*) echo "$BACKEND"; exit ;;
+  -c*) echo {version}; exit ;;
+  "-m pip --version") exec {pip} ;;
+esac
+echo "$PWD: $*" >> "$CALLS"
+case "$*" in
+  *"$FAIL"*) exit 7 ;;  # a word no call has, by default
+  "-m venv"*) for folder; do :; done; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python" ;;
+esac
+""")
+        path.chmod(0o755)
+        return str(path)
 
     def _launch(self, clone, *args, fail="nothing", **env):
         """Returns the finished script and the calls that Python got, but for that for JAX's name of
@@ -145,6 +157,62 @@ class TestLaunch:
         assert self._launch(clone)[1] == runs
         (clone / "pyproject.toml").write_text("changed")
         assert self._launch(clone)[1] == calls
+
+    @pytest.mark.parametrize("made", [True, False], ids=["made", "not finished"])
+    @pytest.mark.parametrize("marked", [True, False], ids=["environment", "other folder"])
+    def test_an_environment_without_pip_is_made_anew(self, clone, made, marked):
+        assert self._launch(clone)[0].returncode == 0  # leaves a stamp that must not be believed
+        environment = clone / ".venv"
+        self._make_python(environment / "bin/python", pip="true" if made else "false")
+        if marked:
+            (environment / "pyvenv.cfg").touch()
+        python = self._make_python(clone.parent / "python")
+        done, calls = self._launch(clone, PATH=f"{self._named(python)}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stderr
+        if made:
+            assert len(calls) == 2
+        else:  # a folder that is no environment is never cleared
+            assert calls[0].endswith(f": -m venv {'--clear ' if marked else ''}{environment}")
+            assert "pip install" in calls[1]
+            assert len(calls) == 4
+
+    def _named(self, python):
+        """A folder in which that stand-in is the first Python to be found."""
+        folder = Path(python).parent / "first"
+        folder.mkdir()
+        (folder / "python3.12").symlink_to(python)
+        return folder
+
+    def test_the_environment_has_the_version_of_python_that_is_asked_for(self, clone):
+        (clone / ".venv/pyvenv.cfg").touch()
+        trained = self._launch(clone)[1][-2:]
+        same = self._make_python(clone.parent / "same")
+        assert self._launch(clone, PYTHON=same)[1] == trained
+        other = self._make_python(clone.parent / "other", version="3.12")
+        done, (make, install, *rest) = self._launch(clone, PYTHON=other)
+        assert done.returncode == 0, done.stderr
+        assert make.endswith(f": -m venv --clear {clone}/.venv")
+        assert "pip install" in install
+        assert self._launch(clone, PYTHON=other)[1] == rest == trained
+        assert self._launch(clone)[1] == trained
+
+    def test_a_python_that_is_not_there_is_one_line(self, clone):
+        done, calls = self._launch(clone, PYTHON="python3.1l")
+        message = "PYTHON=python3.1l is no Python 3.11 or 3.12 with the venv module"
+        assert (done.returncode, done.stderr) == (2, f"local.sh: {message}\n")
+        assert calls == []
+
+    def test_other_extras_are_installed_too(self, clone):
+        self._launch(clone)
+        calls = clone.parent / "calls"
+        script = 'source "$1/launch/venv.sh"; set -eu; ensure_venv "$1/.venv" "$@"'
+        env = os.environ | {"CALLS": str(calls), "FAIL": "nothing"}
+        for stage, installs in (("a", 1), ("b", 0)):  # another folder is no other extra
+            calls.write_text("")
+            arguments = [str(clone), f"/tmp/{stage}/source[test]"]
+            done = _run("bash", "-c", script, "test.sh", *arguments, env=env)
+            assert done.returncode == 0, done.stderr
+            assert calls.read_text().count("source[test]") == installs
 
     @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
     @pytest.mark.parametrize(
