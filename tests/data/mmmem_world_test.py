@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pytest
 
+from data.mmmem_world import mmmem_world_dataset_builder as builder_module
 from mmmem_jax.data import worlds
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_builder_round_trip(tmp_path, monkeypatch):
-    from data.mmmem_world import mmmem_world_dataset_builder as builder_module
-
     monkeypatch.setattr(builder_module, "SPLIT_SEEDS", {"test": (3, 2)})
     builder = builder_module.Builder(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
