@@ -45,6 +45,16 @@ def group_keys(rng_key: jax.Array, num_streams: int, num_generations: int) -> ja
     return jax.vmap(lambda i: jax.vmap(lambda j: key(i, j))(g))(b)
 
 
+def pad_to_units(items: Item, block_size: int) -> Item:
+    """Items [B, T] with invalid ones after the last, until T is a multiple of `block_size`."""
+    missing = -items.valid.shape[1] % block_size
+    if not missing:
+        return items
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), items
+    )
+
+
 def episodic_tokens(state: MemoryState) -> Float[Array, "..."]:
     """Length(m) of eq. 10: text tokens the episodic stream holds."""
     held = jnp.where(state.episodic.valid, state.episodic.tokens, 0)
@@ -70,24 +80,24 @@ def rollout(
     Args:
       params: manager parameters, pi_old.
       rng_key: key of this rollout.
-      items: chunks with leading axes [B, T]; T must be a multiple of `block_size`.
+      items: chunks with leading axes [B, T]; padded by `pad_to_units`, which then is the T of
+        what is returned.
       init_state: the memory before the first chunk, no leading axes.
       decide_fn: the policy.
       task_fn: R of eq. 10 in [B, G] from states with leading axes [B, G].
       num_generations: G.
       credit: 'trajectory', 'state' or 'step'.
-      block_size: decisions in a credit unit; ignored for `credit='trajectory'`.
+      block_size: decisions in a credit unit; with `credit='trajectory'` it only pads.
       final_fn: what else to read of the memories at the end.
       shard: puts a tree with leading axes [B, G] on the mesh.
 
     Raises:
-      ValueError: if `credit` is unknown or T is not a multiple of the block.
+      ValueError: if `credit` is unknown.
     """
     if credit not in CREDITS:
         raise ValueError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}")
+    items = pad_to_units(items, block_size)
     b, t = items.valid.shape
-    if credit != "trajectory" and t % block_size:
-        raise ValueError(f"streams of {t} chunks do not divide into blocks of {block_size}")
     # An empty stream is one unit without a decision.
     num_units = 1 if credit == "trajectory" or not t else t // block_size
     keys = shard(group_keys(rng_key, b, num_generations))

@@ -9,7 +9,7 @@ import pytest
 
 from mmmem_jax import memory
 from mmmem_jax.memory import MemoryConfig
-from mmmem_jax.sib.rollout import CREDITS, episodic_tokens, group_keys, rollout
+from mmmem_jax.sib.rollout import CREDITS, episodic_tokens, group_keys, pad_to_units, rollout
 from mmmem_jax.testing import toys
 
 CONFIG = MemoryConfig(
@@ -134,6 +134,30 @@ def test_a_trace_is_what_scan_makes_of_it(trajectories):
     assert int(state.episodic.valid.sum()) == traj.slots[2, 1]
 
 
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("length", [0, 1, 10])
+def test_a_last_unit_that_is_not_full_is_padded(trajectories, credit, length):
+    stream, key = items(), jax.random.key(0)
+    traj = run(jax.tree.map(lambda x: x[:, :length], stream), key, credit)
+    padded = -(-length // BLOCK) * BLOCK
+    assert traj.action.shape == (B, G, padded)
+    assert traj.task.shape == (B, G, 1 if credit == "trajectory" else max(padded // BLOCK, 1))
+    assert not np.any(traj.valid[..., length:])
+    # What is padded is as if it were not there: the decisions are those of the longer stream.
+    for name in ("action", "log_prob", "context"):
+        found, whole = getattr(traj, name), getattr(trajectories[credit], name)
+        np.testing.assert_array_equal(found[:, :, :length], whole[:, :, :length])
+    rest = np.arange(T) < length
+    cut = run(stream.replace(valid=stream.valid & rest), key, credit)
+    for name in ("last", "slots", "tokens", "source_tokens"):
+        np.testing.assert_allclose(getattr(traj, name), getattr(cut, name), atol=1e-5)
+
+
+def test_full_units_are_not_padded():
+    stream = items()
+    assert pad_to_units(stream, BLOCK) is stream
+
+
 def test_draws_do_not_depend_on_the_size_of_the_batch_or_group():
     key = jax.random.key(0)
     small, large = group_keys(key, 2, 3), group_keys(key, 5, 7)
@@ -149,5 +173,3 @@ def test_draws_do_not_depend_on_the_size_of_the_batch_or_group():
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="trajectory, state, step, got 'token'"):
         run(items(), jax.random.key(0), "token")
-    with pytest.raises(ValueError, match="streams of 10 chunks do not divide into blocks of 4"):
-        run(items(length=10), jax.random.key(0), "step")

@@ -69,8 +69,6 @@ def test_says_which_checkpoint_is_missing(tiny_run, tmp_path):
 @pytest.mark.parametrize("case", ["no questions", "one chunk", "no chunks", "identical frames"])
 def test_the_update_takes_what_has_nothing_in_it(config, case):
     """All-identical frames are what a camera sees that lies on a table."""
-    config = config.copy_and_resolve_references()
-    config.sib.block_size = 1
     models = world_job.make_models(config)
     made = world_job.make_streams(config, "train", 2, num_chunks=8)
     batch = world_job.encode_streams(models.eye, made, config.dim)
