@@ -5,14 +5,17 @@
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
 
 Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
-results. --follow first evaluates every checkpoint as it appears, until training has ended: the
-learned manager alone, one line a checkpoint in curve.jsonl.
+results. --follow, which may be started before main, first evaluates every checkpoint as it
+appears, until training has ended: the learned manager alone, one line a checkpoint in curve.jsonl.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mmmem_jax import flags
 from mmmem_jax.errors import UserError
+
+POLL_SECONDS = 1.0  # between looks at a run that is followed
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; required.", flag_values=FLAGS)
@@ -30,17 +33,28 @@ NUM_STREAMS = flags.DEFINE_integer(
     flag_values=FLAGS,
 )
 TIMEOUT = flags.DEFINE_integer(
-    "timeout", 3600, "Seconds --follow waits for a new checkpoint.", flag_values=FLAGS
+    "timeout", 3600, "Seconds --follow waits for what main writes next.", flag_values=FLAGS
 )
+
+
+def wait_if_following(ready: Callable[[], bool], what: str) -> None:
+    """With --follow, waits for what a run that has just been started is still to write."""
+    if FOLLOW.value:
+        from mmmem_jax.evals import follow
+
+        follow.wait_until(ready, what, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
 
 
 def evaluate_world(workdir: Path) -> None:
     """Evaluates a run of the procedural world."""
     from mmmem_jax.evals import table, world_eval
+    from mmmem_jax.train import checkpoints, world_job
 
+    reader = workdir / "checkpoints" / world_job.CALIBRATED
+    wait_if_following(lambda: bool(checkpoints.steps(reader)), f"calibrated reader in {reader}")
     run = world_eval.load_run(workdir, num_streams=NUM_STREAMS.value)
     if FOLLOW.value:
-        world_eval.follow_run(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
+        world_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
     learned, step = world_eval.load_learned(run, workdir, STEP.value)
     results = world_eval.full_evaluation(run, workdir, step, learned)
     print(table.format_table(results))
@@ -59,7 +73,7 @@ def evaluate_text(workdir: Path) -> None:
 
     run = text_eval.load_run(workdir)
     if FOLLOW.value:
-        text_eval.follow_run(run, workdir, poll_seconds=5.0, timeout=TIMEOUT.value)
+        text_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
     model, step = text_job.load_manager(run.config, workdir, STEP.value)
     results = text_eval.full_evaluation(run, workdir, step, model)
     print(text_eval.format_tables(results["table"]))
@@ -78,11 +92,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--follow ends with the newest checkpoint; leave out --step or --follow")
     from mmmem_jax.train import checkpoints
 
+    flags.log_plainly()
     workdir = Path(WORKDIR.value)
+    wait_if_following((workdir / "config.json").is_file, f"config.json in {workdir}")
     config = checkpoints.read_config(workdir)
     if config.get("job") not in JOBS:
         raise UserError(f"{workdir / 'config.json'} names the unknown job {config.get('job')!r}")
-    flags.log_plainly()
     JOBS[config["job"]](workdir)
 
 

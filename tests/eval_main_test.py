@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from configs import sib_grpo
 from mmmem_jax.policies import rules
 from mmmem_jax.train import checkpoints
-from tests.conftest import TINY, run_module
+from tests.conftest import REPO, TINY, run_module
 
 SLOTS = sib_grpo.get_config().memory.episodic_slots
 NAMES = {"learned", "unlimited"} | {
@@ -19,12 +21,28 @@ NAMES = {"learned", "unlimited"} | {
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, tmp_path_factory):
-    """The workdir after --follow, and what the binary said."""
+    """The workdir that --follow was started on while it was empty, and what the binary printed."""
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(tiny_run, workdir)
-    done = run_module("mmmem_jax.eval_main", f"--workdir={workdir}", "--follow", timeout=600)
-    assert done.returncode == 0, done.stderr
-    return workdir, done
+    command = [sys.executable, "-m", "mmmem_jax.eval_main", f"--workdir={workdir}", "--follow"]
+    with subprocess.Popen(
+        [*command, "--timeout=300"], cwd=REPO, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            workdir.mkdir()
+            for awaited, name in (("config.json", "config.json"), ("reader", "checkpoints")):
+                said = process.stderr.readline()
+                assert "waiting for" in said, said
+                assert awaited in said
+                copy = shutil.copytree if (tiny_run / name).is_dir() else shutil.copy
+                part = workdir.with_name("part")
+                copy(tiny_run / name, part)
+                part.rename(workdir / name)  # whole at once
+            stdout, stderr = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    assert process.returncode == 0, stderr
+    return workdir, stdout
 
 
 def test_follow_ends_when_training_has_ended(evaluated):
@@ -33,8 +51,8 @@ def test_follow_ends_when_training_has_ended(evaluated):
 
 
 def test_prints_the_table_and_the_path_of_the_report(evaluated):
-    workdir, done = evaluated
-    *table, last = done.stdout.strip().splitlines()
+    workdir, said = evaluated
+    *table, last = said.strip().splitlines()
     assert last == f"report: {workdir / 'eval' / 'report.html'}"
     assert {line.split()[0] for line in table[-len(NAMES) :]} == NAMES
 

@@ -19,6 +19,31 @@ def read_curve(workdir: Path) -> list[dict]:
     return [{"phase": "held-out"} | rows[step] for step in sorted(rows)]
 
 
+def wait_until(
+    ready: Callable[[], bool], what: str, *, poll_seconds: float, timeout: float
+) -> None:
+    """Looks again and again until `ready()`.
+
+    Raises:
+      UserError: naming `what` was waited for, if it is not there after `timeout` seconds.
+    """
+    waited = 0.0
+    if not ready():
+        LOG.info("waiting for %s", what)
+    while not ready():
+        if waited >= timeout:
+            raise UserError(f"no {what} for {timeout:.0f} s; is main running?")
+        time.sleep(poll_seconds)
+        waited += poll_seconds
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Rewrites the readable rows: readers would stop at a line that a kill cut short."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path)))
+    partial.replace(path)
+
+
 def follow(
     workdir: Path,
     num_steps: int,
@@ -43,18 +68,20 @@ def follow(
     """
     folder, curve = workdir / "checkpoints" / "manager", workdir / "eval" / "curve.jsonl"
     curve.parent.mkdir(exist_ok=True)
-    seen, waited = -1, 0.0
+    _drop_cut_line(curve)
+    seen = -1
+
+    def newest_step() -> int:
+        return max(checkpoints.steps(folder), default=-1)
+
     while seen < num_steps:
-        newest = max(checkpoints.steps(folder), default=-1)
-        if newest <= seen:
-            if waited >= timeout:
-                raise UserError(
-                    f"no new checkpoint in {folder} for {timeout:.0f} s; is main running?"
-                )
-            time.sleep(poll_seconds)
-            waited += poll_seconds
-            continue
-        waited = 0.0
+        wait_until(
+            lambda before=seen: newest_step() > before,
+            f"new checkpoint in {folder}",
+            poll_seconds=poll_seconds,
+            timeout=timeout,
+        )
+        newest = newest_step()
         try:
             row = {"step": newest} | evaluate_fn(newest)
         except (UserError, FileNotFoundError):

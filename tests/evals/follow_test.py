@@ -64,6 +64,15 @@ def test_a_run_that_stands_still_is_given_up(tmp_path):
     assert [row["step"] for row in curve(tmp_path)] == [2]
 
 
+def test_a_line_that_a_kill_cut_short_hides_nothing_after_it(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/curve.jsonl").write_text('{"step": 1, "recall": 0.1}\n{"step": 2, "rec')
+    follow.follow(tmp_path, 2, lambda step: {"recall": 0.2}, poll_seconds=0, timeout=0)
+    assert curve(tmp_path) == [{"step": 1, "recall": 0.1}, {"step": 2, "recall": 0.2}]
+    assert [row["step"] for row in follow.read_curve(tmp_path)] == [1, 2]
+
+
 def test_the_curve_has_one_row_a_step_the_newest(tmp_path):
     assert follow.read_curve(tmp_path) == []
     save(tmp_path, 2)
