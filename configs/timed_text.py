@@ -20,5 +20,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = egolife["get_config"](arg)
     config.source = "timed_text"
     config.skip_bad_rows = False
-    config.wearer = ""
+    config.wearer = ""  # name of the person who wears the camera, if there is one
     return config

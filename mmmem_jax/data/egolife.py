@@ -29,6 +29,7 @@ from mmmem_jax.data.timed_text import (
 from mmmem_jax.errors import UserError
 
 DAY = 86_400.0  # seconds
+# Train on days 1-2, choose on day 3, report on day 4.
 DAY_SPLITS = {"train": (1, 2), "validation": (3,), "test": (4,)}
 
 _FRAMES_PER_SECOND = 20
@@ -98,7 +99,10 @@ def wearer_of(video: str) -> str:
 
 
 def cut_days(data: TimedText, days: Sequence[int]) -> TimedText:
-    """Keeps the events that end, and the questions asked, on `days`."""
+    """Keeps the events that end, and the questions asked, on `days`.
+
+    A question may look at everything before its query time: read its past from `data.events`.
+    """
     return replace(
         data,
         events=tuple(event for event in data.events if day_of(event.t1) in days),
@@ -108,14 +112,6 @@ def cut_days(data: TimedText, days: Sequence[int]) -> TimedText:
             if question.query_time is not None and day_of(question.query_time) in days
         ),
     )
-
-
-def split_by_day(data: TimedText) -> dict[str, TimedText]:
-    """Cuts by DAY_SPLITS: train on days 1-2, choose on day 3, report on day 4.
-
-    A question may look at everything before its query time: read its past from `data.events`.
-    """
-    return {split: cut_days(data, days) for split, days in DAY_SPLITS.items()}
 
 
 def seconds_of(day: int, clock: str | int) -> float:
@@ -185,7 +181,10 @@ def _event_of(row: dict[str, Any], video: str, day: int) -> Event:
 
 
 def _question_of(row: dict[str, Any], video: str, evidence_seconds: float) -> Question:
-    qid = f"{video}_{row.get('ID', '')}"
+    number = str(row.get("ID") or "").strip()
+    if not number:
+        raise ValueError("ID is missing")
+    qid = f"{video}_{number}"
     letter = str(row.get("answer", "")).strip().upper()
     if letter not in list("ABCD"):
         raise ValueError(f"answer {row.get('answer')!r} is not A, B, C or D")

@@ -4,6 +4,7 @@ A stream is what one memory reads from empty: a day of a person, or a video (or 
 by time). Times on the device are seconds since the stream began; the host keeps absolute ones.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -24,6 +25,8 @@ IDF_SUM, SPOKEN = FEATURES.index("idf_sum"), FEATURES.index("spoken")
 FEATURE_CENTRE = np.array([11.0, 6.0, 5.5, 1.7, 0.1, 0.3, 0.5, 0.5], np.float32)
 FEATURE_SCALE = np.array([8.0, 3.0, 3.0, 1.2, 0.3, 0.5, 0.5, 0.5], np.float32)
 _MAX_EVIDENCE = 8  # rows of one question that training counts
+
+_log = logging.getLogger(__name__)
 
 EmbedFn = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # texts -> [n, E], tokens [n]
 
@@ -59,12 +62,22 @@ class TextSpace(NamedTuple):
 
 
 def read_egolife_parts(folder, *, skip_bad_rows: bool = True) -> list[tuple]:
-    """(name, video, split, data) of every person and day of an EgoLife folder."""
+    """(name, video, split, data) of every day of the one person of an EgoLife folder.
+
+    Raises:
+      UserError: if the folder holds several persons: "I" is somebody else in each one's rows.
+    """
     data = egolife.read_egolife(folder, skip_bad_rows=skip_bad_rows)
+    persons = sorted({event.video for event in data.events})
+    if len(persons) > 1:
+        raise UserError(
+            f"{folder} holds {', '.join(persons)}; keep one person's files, for a memory is of one"
+            " wearer of the camera"
+        )
     parts = []
     for split, days in egolife.DAY_SPLITS.items():
         for day in days:
-            for video, part in _by_video(egolife.cut_days(data, (day,))):
+            for video, part in _by_video(egolife.cut_days(data, (day,)), f"day {day}"):
                 parts.append((f"{video} day {day}", video, split, part))
     return parts
 
@@ -74,13 +87,21 @@ def read_timed_text_parts(folder, *, skip_bad_rows: bool = False) -> list[tuple]
     data = timed_text.read_timed_text(folder, skip_bad_rows=skip_bad_rows)
     parts = []
     for split, cut in timed_text.split_by_video_or_time(data).items():
-        for video, part in _by_video(cut):
+        for video, part in _by_video(cut, f"the {split} split"):
             parts.append((f"{video} {split}", video, split, part))
     return parts
 
 
-def _by_video(data: TimedText) -> Iterator[tuple[str, TimedText]]:
-    for video in sorted({event.video for event in data.events}):
+def _by_video(data: TimedText, where: str) -> Iterator[tuple[str, TimedText]]:
+    """Each video with rows; a question of another video has no memory to be asked of."""
+    videos = {event.video for event in data.events}
+    silent = [q.video for q in data.questions if q.video not in videos]
+    if silent:
+        _log.warning(
+            "left out %d question(s) of %s, without rows in %s",
+            len(silent), ", ".join(sorted(set(silent))), where,
+        )  # fmt: skip
+    for video in sorted(videos):
         yield (
             video,
             TimedText(
@@ -210,19 +231,29 @@ def project(space: TextSpace, embedding: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
-def encode(space: TextSpace, stream: TextStream) -> EncodedStream:
-    """The stream and the questions made from it, as the memory and SIB-GRPO read them.
+def encode(space: TextSpace, stream: TextStream, *, questions: str = "made") -> EncodedStream:
+    """The stream and its questions, as the memory and SIB-GRPO read them.
 
     Text has no pixels: `visual` carries the features of the row instead, `coarse` nothing.
+
+    Args:
+      space: the memory's.
+      stream: T rows.
+      questions: "made" from the stream, or the "labelled" ones asked while it runs; evidence that
+        these have in earlier streams does not count.
     """
-    num_rows, num_questions = len(stream.tokens), len(stream.made.questions)
+    asked: Asked = getattr(stream, questions)
+    num_rows, num_questions = len(stream.tokens), len(asked.questions)
     dim = space.basis.shape[1]
     text = project(space, stream.embedding)
     features = np.zeros((num_rows, dim), np.float16)
     features[:, : len(FEATURES)] = stream.features
     evidence = np.full((num_questions, _MAX_EVIDENCE), -1, np.int32)
-    for row, question in zip(evidence, stream.made.questions, strict=True):
-        found = evidence_rows(stream.span, question)[:_MAX_EVIDENCE]
+    ends = stream.span[:, 1]
+    times = [ends[-1] if q.query_time is None else q.query_time for q in asked.questions]
+    for row, question, when in zip(evidence, asked.questions, times, strict=True):
+        found = evidence_rows(stream.span, question)
+        found = found[ends[found] <= when][:_MAX_EVIDENCE]
         row[: len(found)] = found
     change = np.ones(num_rows, np.float32)
     change[1:] = 1.0 - np.sum(text[1:] * text[:-1], axis=-1)
@@ -239,14 +270,12 @@ def encode(space: TextSpace, stream: TextStream) -> EncodedStream:
         relation=np.full(num_rows, -1, np.int32),
         valid=np.ones(num_rows, bool),
         relevant=stream.askable,
-        query=project(space, stream.made.query).astype(np.float16),
+        query=project(space, asked.query).astype(np.float16),
         options=np.zeros((num_questions, 0, dim), np.float16),
         answer=np.zeros(num_questions, np.int32),
         family=np.zeros(num_questions, np.int32),
         evidence=evidence,
-        query_time=np.array(
-            [q.query_time - start for q in stream.made.questions], np.float32
-        ).reshape(-1),
+        query_time=np.array([when - start for when in times], np.float32).reshape(-1),
         question_valid=evidence[:, 0] >= 0,
     )
 

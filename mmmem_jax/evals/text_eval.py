@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mmmem_jax import provenance
-from mmmem_jax.errors import UserError
 from mmmem_jax.evals import (
     follow,
     outputs,
@@ -44,9 +43,6 @@ def load_run(workdir: Path) -> Run:
       UserError: if there is nothing to evaluate, or the data cannot be read.
     """
     config = ConfigDict(checkpoints.read_config(workdir))
-    for key in ("shares", "splits"):
-        if not config.eval[key]:
-            raise UserError(f"config.eval.{key} of {workdir} is empty; name one at least")
     streams = text_job.load_streams(config, with_options=True)
     return Run(config, prepare(text_job.fit_space(config, streams), streams))
 

@@ -1,9 +1,9 @@
 """The text job: a manager learns by SIB-GRPO which rows of a stream of timed text to keep.
 
-No label is read. A batch holds segments of the training streams and questions made from them; what
-a memory is worth is the probability that retrieval by similarity lands on the evidence, at a price
-for every token held (eq. 10). Training has no budget: the price ranks the rows, and at evaluation
-any budget keeps the best of them.
+No label is read unless `config.questions` is "labelled". A batch holds segments of the training
+streams and questions made from them; what a memory is worth is the probability that retrieval by
+similarity lands on the evidence, at a price for every token held (eq. 10). Training has no budget:
+the price ranks the rows, and at evaluation any budget keeps the best of them.
 """
 
 import functools
@@ -19,9 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mmmem_jax.data import text_streams
+from mmmem_jax.data import egolife, text_streams
 from mmmem_jax.data.encoded import EncodedStream, to_items, to_questions
 from mmmem_jax.data.text_streams import TextSpace, TextStream
+from mmmem_jax.data.timed_text import SPLITS
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory.types import MemoryConfig, MemoryState
 from mmmem_jax.models.text_encoder import cached_embeddings
@@ -37,21 +38,58 @@ LOG = logging.getLogger("mmmem_jax")
 TEMPERATURES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 
 
+READERS = {
+    "egolife": text_streams.read_egolife_parts,
+    "timed_text": text_streams.read_timed_text_parts,
+}
+QUESTIONS = ("made", "labelled")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks what neither reading nor training would stumble over, or only late.
+
+    Raises:
+      UserError: naming the key and what it may be.
+    """
+    if not config.data_dir:
+        raise UserError("config.data_dir is empty; give --config.data_dir=FOLDER")
+    for key, value, known in (
+        ("source", config.source, READERS),
+        ("questions", training_questions(config), QUESTIONS),
+    ):
+        if value not in known:
+            raise UserError(f"config.{key} is {value!r}; it must be {' or '.join(known)}")
+    for key in ("shares", "splits"):
+        if not config.eval[key]:
+            raise UserError(f"config.eval.{key} is empty; name one at least")
+    for split in config.eval.splits:
+        if split not in SPLITS:
+            raise UserError(f"config.eval.splits has {split!r}; a split is {' or '.join(SPLITS)}")
+    for share in config.eval.shares:
+        if not 0.0 < share <= 1.0:
+            raise UserError(f"config.eval.shares has {share}; a share is above 0, and at most 1")
+
+
+def training_questions(config: ConfigDict) -> str:
+    """Those the manager learns from, a field of TextStream; older runs know the made ones only."""
+    return config.get("questions", "made")
+
+
 def read_parts(config: ConfigDict) -> list[tuple]:
     """The parts of `config.data_dir` as `text_streams.make_streams` takes them.
 
     Raises:
-      UserError: if there is no data_dir, or it cannot be read.
+      UserError: if the config cannot be, or its data_dir cannot be read.
     """
-    if not config.data_dir:
-        raise UserError("config.data_dir is empty; give --config.data_dir=FOLDER")
-    readers = {
-        "egolife": text_streams.read_egolife_parts,
-        "timed_text": text_streams.read_timed_text_parts,
-    }
-    if config.source not in readers:
-        raise UserError(f"config.source is {config.source!r}; it must be {' or '.join(readers)}")
-    return readers[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+    check_config(config)
+    return READERS[config.source](config.data_dir, skip_bad_rows=config.skip_bad_rows)
+
+
+def wearer_of(config: ConfigDict, parts: Sequence[tuple]) -> str | None:
+    """Who wears the camera: the person that EgoLife's files are named after, else as configured."""
+    if config.source == "egolife":
+        return next((egolife.wearer_of(video) for _, video, *_ in parts), None)
+    return config.wearer or None
 
 
 def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
@@ -68,7 +106,7 @@ def load_streams(config: ConfigDict, *, with_options: bool) -> list[TextStream]:
         functools.partial(
             cached_embeddings, folder=encoder, cache_dir=cache, progress=sys.stderr.isatty()
         ),
-        wearer=config.wearer or None,
+        wearer=wearer_of(config, parts),
         num_questions=config.questions_per_stream,
         rng_seed=config.question_seed,
         max_rows=config.rows_per_stream or None,
@@ -247,12 +285,30 @@ def train(
     checkpoints.claim_workdir(workdir, config.to_dict())
     if checkpoints.steps(workdir / "checkpoints" / "manager")[-1:] == [config.manager.num_steps]:
         return load_manager(config, workdir, None)[0]
-    train_streams = [text_streams.encode(space, s) for s in streams if s.split == "train"]
-    return train_manager(config, workdir, train_streams)
+    return train_manager(config, workdir, training_streams(config, streams, space))
+
+
+def training_streams(
+    config: ConfigDict, streams: Sequence[TextStream], space: TextSpace
+) -> list[EncodedStream]:
+    """The streams of the training split, with the questions that `config.questions` names.
+
+    Raises:
+      UserError: if these are the labelled ones, and none has evidence in its stream.
+    """
+    kind = training_questions(config)
+    encoded = [text_streams.encode(space, s, questions=kind) for s in streams if s.split == "train"]
+    if kind == "labelled" and not any(x.question_valid.any() for x in encoded):
+        raise UserError(
+            f"{config.data_dir}: no labelled question of the training split has evidence in the"
+            " stream it is asked of; train with --config.questions=made"
+        )
+    return encoded
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """The whole job."""
+    check_config(config)
     checkpoints.claim_workdir(workdir, config.to_dict())  # refused before anything is read
     streams = load_streams(config, with_options=False)
     train(config, workdir, streams, fit_space(config, streams))

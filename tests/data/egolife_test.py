@@ -13,7 +13,6 @@ from mmmem_jax.data.egolife import (
     day_of,
     read_egolife,
     seconds_of,
-    split_by_day,
 )
 from mmmem_jax.errors import UserError
 
@@ -111,19 +110,25 @@ class TestRead:
         assert "used twice" in caplog.text
         assert "answer 'E'" in caplog.text
 
+    @pytest.mark.parametrize("number", [None, "", " "])
+    def test_a_question_without_its_id_is_a_bad_row(self, tmp_path, number):
+        folder = write(tmp_path, [question(1, ID=number)])
+        with pytest.raises(UserError, match=r"JAKE\.json: row 1: ID is missing"):
+            read_egolife(folder, skip_bad_rows=False)
+
     @pytest.mark.parametrize("gone", ["EgoLifeCap", "EgoLifeQA"])
     def test_wrong_folder(self, tmp_path, gone):
         (write(tmp_path, []) / gone).rename(tmp_path / "elsewhere")
         with pytest.raises(UserError, match=f"no file like {gone}/"):
             read_egolife(tmp_path)
 
-    def test_split_by_day(self, tmp_path):
+    def test_cut_days(self, tmp_path):
         asked = [question(day, date=f"DAY{day}") for day in range(1, 5)]
         data = read_egolife(write(tmp_path, asked))
-        parts = split_by_day(data)
-        for split, days in DAY_SPLITS.items():
-            assert tuple(day_of(event.t1) for event in parts[split].events) == days
-            assert tuple(day_of(q.query_time) for q in parts[split].questions) == days
+        for days in DAY_SPLITS.values():
+            part = cut_days(data, days)
+            assert tuple(day_of(event.t1) for event in part.events) == days
+            assert tuple(day_of(q.query_time) for q in part.questions) == days
         assert cut_days(data, ()).events == ()
 
 

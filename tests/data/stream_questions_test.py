@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmmem_jax.data.egolife import read_egolife, split_by_day, wearer_of
+from mmmem_jax.data.egolife import DAY_SPLITS, cut_days, read_egolife, wearer_of
 from mmmem_jax.data.stream_questions import (
     TYPES,
     askable,
@@ -188,7 +188,8 @@ def seconds(clock):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the EgoLife files are not here")
 def test_the_held_out_day_gives_two_thousand_questions():
-    parts = split_by_day(read_egolife(REAL))
+    data = read_egolife(REAL)
+    parts = {split: cut_days(data, days) for split, days in DAY_SPLITS.items()}
     statistics = stream_statistics(parts["train"].events, wearer=wearer_of("A1_JAKE"))
     events = parts["test"].events
     share = sum(askable(event, statistics) for event in events) / len(events)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mmmem_jax.data import stream_questions, text_streams
+from mmmem_jax.data.encoded import QUESTION_FIELDS
 from mmmem_jax.data.text_streams import FEATURES
 from mmmem_jax.data.timed_text import Event, Question, TimedText
 from mmmem_jax.errors import UserError
@@ -77,6 +79,35 @@ def test_made_questions_rest_on_rows_that_ended_before(streams):
     for query_time, rows in zip(encoded.query_time, encoded.evidence, strict=True):
         assert (rows >= 0).any()
         assert encoded.span[rows[rows >= 0], 1].max() <= query_time
+
+
+def test_labelled_questions_are_encoded_in_place_of_the_made_ones(streams):
+    space = text_streams.fit_space(streams[0].embedding, DIM)
+    (question,) = streams[0].labelled.questions
+    encoded = text_streams.encode(space, streams[0], questions="labelled")
+    np.testing.assert_array_equal(encoded.evidence, [[100, 101, 102, 103, 104, 105, -1, -1]])
+    assert encoded.query_time.tolist() == [question.query_time]
+    query = text_streams.project(space, streams[0].labelled.query)
+    np.testing.assert_array_equal(encoded.query, query.astype(np.float16))
+    made = text_streams.encode(space, streams[0])
+    for name, ours in encoded._asdict().items():
+        if name not in QUESTION_FIELDS:
+            np.testing.assert_array_equal(ours, getattr(made, name))
+
+
+@pytest.mark.parametrize(
+    ("query_time", "rows", "asked_at"),
+    [(None, 6, 1999.0), (514.0, 3, 514.0), (100.0, 0, 100.0)],  # row t ends at 5 t + 4
+)
+def test_evidence_of_a_labelled_question_had_ended(streams, query_time, rows, asked_at):
+    asked = streams[0].labelled
+    changed = replace(asked.questions[0], query_time=query_time)
+    stream = streams[0]._replace(labelled=asked._replace(questions=(changed,)))
+    space = text_streams.fit_space(stream.embedding, DIM)
+    encoded = text_streams.encode(space, stream, questions="labelled")
+    assert (encoded.evidence >= 0).sum() == rows
+    assert encoded.question_valid.tolist() == [rows > 0]
+    assert encoded.query_time.tolist() == [asked_at]
 
 
 def test_space_keeps_most_variance_and_is_reproducible(streams):
@@ -153,6 +184,39 @@ def test_real_days_become_streams(egolife_dir):
         ("A1_JAKE day 4", "test"),
     ]
     assert sum(len(data.questions) for *_, data in parts) == 330
+
+
+def write_egolife(folder, persons):
+    for person in persons:
+        for day in range(1, 5):
+            path = folder / f"EgoLifeCap/Sync/{person}_DAY{day}_10000000.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"start": 100000, "end": 100002, "text": "Mo sat.", "type": "caption"}]
+            path.write_text(json.dumps([{"video_file": "x.mp4", "data": rows}]))
+    (folder / "EgoLifeQA").mkdir()
+    (folder / "EgoLifeQA" / f"EgoLifeQA_{persons[0]}.json").write_text("[]")
+    return folder
+
+
+def test_days_of_several_persons_are_refused(tmp_path):
+    assert len(text_streams.read_egolife_parts(write_egolife(tmp_path / "1", ["A2_ALICE"]))) == 4
+    with pytest.raises(UserError, match="holds A1_JAKE, A2_ALICE; keep one person's files"):
+        text_streams.read_egolife_parts(write_egolife(tmp_path / "2", ["A1_JAKE", "A2_ALICE"]))
+
+
+def test_a_question_of_a_video_that_is_silent_is_told_of(tmp_path, caplog):
+    times = {"loud": [*range(0, 100, 5)], "gap": [*range(0, 55, 5), *range(85, 100, 5)]}
+    events = [{"video": v, "t0": t, "t1": t + 1, "kind": "caption", "text": "Mo sat."}
+              for v, starts in times.items() for t in starts]  # fmt: skip
+    asked = [{"qid": f"{v} {t}", "video": v, "question": "?", "options": ["a", "b"], "answer": 0,
+              "query_time": t, "evidence": None, "type": "x"}
+             for v in times for t in (50, 70, 72, 90)]  # fmt: skip
+    for name, rows in (("events", events), ("qa", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = text_streams.read_timed_text_parts(tmp_path)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["left out 2 question(s) of gap, without rows in the validation split"]
+    assert sum(len(data.questions) for *_, data in parts) == len(asked) - 2
 
 
 def test_features_are_plain_counts_of_the_row():

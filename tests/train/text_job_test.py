@@ -76,12 +76,52 @@ def test_a_folder_is_trained_on_once(config, tmp_path):
     [
         ("data_dir", "", "config.data_dir is empty"),
         ("source", "tapes", "must be egolife or timed_text"),
+        ("questions", "both", "config.questions is 'both'; it must be made or labelled"),
+        ("eval.splits", ("tset",), "config.eval.splits has 'tset'; a split is train or"),
+        ("eval.splits", (), "config.eval.splits is empty"),
+        ("eval.shares", (0.25, 0.0), "config.eval.shares has 0.0; a share is above 0"),
+        ("eval.shares", (1.5,), "config.eval.shares has 1.5"),
+        ("eval.shares", (float("nan"),), "config.eval.shares has nan"),
+        ("eval.shares", (), "config.eval.shares is empty"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line(config, key, value, message):
-    config[key] = value
+def test_what_cannot_be_is_said_in_one_line_before_anything_is_done(
+    config, tmp_path, key, value, message
+):
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
         text_job.load_streams(config, with_options=False)
+    with pytest.raises(UserError, match=message):
+        text_job.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_questions_can_be_trained_on(config):
+    config.questions = "labelled"
+    streams = text_job.load_streams(config, with_options=False)
+    space = text_job.fit_space(config, streams)
+    encoded = text_job.training_streams(config, streams, space)
+    assert [x.question_valid.tolist() for x in encoded] == [[True], [True]]
+    unlabelled = [s._replace(labelled=s.labelled._replace(questions=())) for s in streams]
+    with pytest.raises(UserError, match="no labelled question of the training split"):
+        text_job.training_streams(config, unlabelled, space)
+
+
+def test_older_runs_learned_from_made_questions(config):
+    del config["questions"]
+    streams = text_job.load_streams(config, with_options=False)
+    encoded = text_job.training_streams(config, streams, text_job.fit_space(config, streams))
+    made = [s for s in streams if s.split == "train"]
+    assert [len(x.answer) for x in encoded] == [len(s.made.questions) for s in made]
+
+
+def test_the_wearer_of_egolife_is_the_person_the_files_are_named_after(config):
+    parts = [("A2_ALICE day 1", "A2_ALICE", "train", None)]
+    assert text_job.wearer_of(config, parts) is None
+    config.wearer = "Mo"
+    assert text_job.wearer_of(config, parts) == "Mo"
+    config.source = "egolife"
+    assert text_job.wearer_of(config, parts) == "Alice"
 
 
 def test_a_run_without_checkpoints_is_refused(config, tmp_path):
