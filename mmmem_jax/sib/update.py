@@ -107,7 +107,8 @@ def reader_task(
                 return stops.sum(0) / jnp.maximum(q.valid.sum(), 1)
 
             first = jax.tree.map(lambda x: x[:, 0], states)
-            shares = jax.vmap(one)(first, asked, questions).mean(0)
+            num_asked = jnp.maximum(questions.valid.any(-1).sum(), 1)  # the others stop nowhere
+            shares = jax.vmap(one)(first, asked, questions).sum(0) / num_asked
             return {f"stop_{name}": shares[i] for i, name in enumerate(LEVELS)}
 
         def final(states):

@@ -10,6 +10,7 @@ from flax import nnx
 from mmmem_jax.data import encoded
 from mmmem_jax.data.encoded import EncodedStream
 from mmmem_jax.memory import MemoryConfig
+from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig
@@ -237,6 +238,23 @@ def test_with_the_reader_as_judge():
     state, metrics = update(state, batch)
     assert all(np.all(np.isfinite(x)) for x in metrics.values())
     assert float(metrics["ratio_first"]) == pytest.approx(1, abs=1e-5)
+    stops = [metrics[f"stop_{level}"] for level in LEVELS]
+    assert float(sum(stops)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "stops"),
+    [(0.25, [1, 0, 0]), (1.0, [0, 0, 1])],  # a guess will do; never sure
+)
+def test_stops_are_shares_of_the_streams_asked(confidence, stops):
+    graphdef, params = nnx.split(Reader(D, hidden=8, rngs=nnx.Rngs(1)))
+    retrieval = RetrievalConfig(rounds=(1, 1, 1), confidence=confidence)
+    batch = make_batch(0)._replace(question_valid=np.arange(B)[:, None] > [0, 1])
+    task = reader_task(graphdef, params, "log_prob", CONFIG, retrieval)(batch)
+    held = toys.random_memory(0, CONFIG, num_chunks=8)
+    final = task.final(jax.tree.map(lambda x: jnp.broadcast_to(x, (B, 1, *x.shape)), held))
+    found = [float(final[f"stop_{level}"]) for level in LEVELS]
+    assert found == pytest.approx(stops)
 
 
 def test_an_unknown_task_is_refused():
