@@ -77,11 +77,9 @@ def entropy(log_probs: Float[Array, "... O"]) -> Float[Array, "..."]:
 
 
 def _rank(scores, candidates):
-    """Rank of every slot among `candidates` by falling score, N where it is none. [Q, N]."""
-    n = scores.shape[-1]
+    """Rank of every slot by falling score, `candidates` before all others. [Q, N]."""
     order = jnp.argsort(jnp.where(candidates, -scores, jnp.inf), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(candidates, rank, n)
+    return jnp.argsort(order, axis=-1)
 
 
 def search(
@@ -118,7 +116,7 @@ def search(
         entropies.append(jnp.where(jnp.any(candidates, -1), entropy(log_p), 0.0))
         k, rounds = config.top_k[lv], config.rounds[lv]
         rank = _rank(scores, candidates)
-        entered = jnp.where(rank < k * rounds, first + rank // k, entered)
+        entered = jnp.where(candidates & (rank < k * rounds), first + rank // k, entered)
         first += rounds
     return entered.astype(jnp.int32), jnp.stack(entropies, axis=-1)
 
@@ -197,6 +195,6 @@ def flat(
     budget = sum(k * r for k, r in zip(config.top_k, config.rounds, strict=True))
     scores = ev.slot_similarity(state, query, options)
     candidates = jnp.broadcast_to(ev.slot_valid(state), scores.shape)
-    evidence = _rank(scores, candidates) < budget
+    evidence = candidates & (_rank(scores, candidates) < budget)
     tokens = jnp.sum(jnp.where(evidence, ev.slot_tokens(state, config.visual_tokens), 0), -1)
     return jax.nn.log_softmax(answer_fn(evidence)), evidence, tokens

@@ -24,6 +24,7 @@ from mmmem_jax.testing import toys
 MEMORY = MemoryConfig(
     sensory_slots=6, episodic_slots=8, schema_slots=7, num_prototypes=2, num_relations=2, dim=8
 )
+TINY = dataclasses.replace(MEMORY, sensory_slots=1, episodic_slots=1, schema_slots=1)
 N = 6 + 8 + 7
 SENSORY, EPISODIC, SCHEMA = slice(0, 6), slice(6, 14), slice(14, N)
 NUM_QUESTIONS, NUM_OPTIONS = 5, 4
@@ -178,10 +179,16 @@ class TestSearch:
         expected = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), 1)
         np.testing.assert_allclose(found[:, 0], expected, atol=1e-4)
 
-    def test_an_empty_memory_offers_nothing(self):
-        entered, found = jit_search(memory.init(MEMORY), *QUESTIONS, config=CONFIG)
+    @pytest.mark.parametrize("config", [MEMORY, TINY])
+    def test_an_empty_memory_offers_nothing(self, config):
+        entered, found = jit_search(memory.init(config), *QUESTIONS, config=CONFIG)
         assert np.all(entered == STEPS)
         assert not np.any(found)
+
+    def test_a_slot_is_read_at_its_own_level_where_more_may_be_read_than_there_is(self):
+        state = toys.random_memory(0, TINY)
+        entered, _ = jit_search(state, *QUESTIONS, config=CONFIG)
+        assert np.array_equal(entered, [[4, 1, 0]] * NUM_QUESTIONS)  # sensory, episodic, schema
 
     def test_without_a_schema_the_episodes_come_first(self):
         config = dataclasses.replace(MEMORY, schema_slots=0, num_relations=0)
@@ -336,6 +343,14 @@ class TestFlat:
         cost = np.asarray(ev.slot_tokens(state, CONFIG.visual_tokens))
         assert np.array_equal(tokens, (mask * cost).sum(1))
         np.testing.assert_allclose(log_probs, jax.nn.log_softmax(vote(mask)), atol=1e-6)
+
+    def test_an_empty_memory_offers_nothing(self):
+        logits = jnp.zeros((NUM_QUESTIONS, NUM_OPTIONS))
+        _, mask, tokens = flat(
+            memory.init(TINY), *QUESTIONS, answer_fn=lambda m: logits, config=CONFIG
+        )
+        assert not np.any(mask)
+        assert not np.any(tokens)
 
     def test_top_down_never_reads_more_slots(self, state, sparse):
         for memory_state in (state, sparse):
