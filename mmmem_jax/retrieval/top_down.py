@@ -62,10 +62,14 @@ def confidence_to_gamma(confidence: float, num_options: int) -> float:
     """Entropy in nats of (c, (1 - c) / (O - 1), ...): c = 0.8 gives 0.720 for 4 options.
 
     Raises:
-      ValueError: if there are fewer than two options or the confidence is not in (0, 1].
+      ValueError: if there are fewer than two options, or the confidence is over 1 or under that of
+        a guess, 1 / O, below which the entropy would fall again.
     """
-    if num_options < 2 or not 0.0 < confidence <= 1.0:
-        raise ValueError(f"need 2 or more options and 0 < c <= 1: {num_options}, {confidence}")
+    if num_options < 2 or not 1.0 / num_options <= confidence <= 1.0:
+        raise ValueError(
+            "need 2 or more options and a confidence from 1 / options to 1, "
+            f"got options, confidence: {num_options}, {confidence}"
+        )
     rest = 1.0 - confidence
     spread = rest * np.log(rest / (num_options - 1)) if rest else 0.0
     return float(-(confidence * np.log(confidence) + spread))

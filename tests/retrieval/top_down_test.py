@@ -104,9 +104,17 @@ class TestGamma:
         expected = -np.sum(p[p > 0] * np.log(p[p > 0]))
         assert confidence_to_gamma(confidence, options) == pytest.approx(expected)
 
-    @pytest.mark.parametrize(("confidence", "options"), [(0.0, 4), (1.1, 4), (0.8, 1)])
+    @pytest.mark.parametrize("options", range(2, 12))
+    def test_of_a_guess_is_the_most_there_is_and_falls(self, options):
+        gamma = [confidence_to_gamma(c, options) for c in np.linspace(1 / options, 1, 50)]
+        assert gamma[0] == pytest.approx(np.log(options))
+        assert np.all(np.diff(gamma) < 0)
+
+    @pytest.mark.parametrize(
+        ("confidence", "options"), [(0.0, 4), (1.1, 4), (0.8, 1), (0.24, 4), (0.4, 2)]
+    )
     def test_nonsense_is_refused(self, confidence, options):
-        with pytest.raises(ValueError, match="need 2 or more options"):
+        with pytest.raises(ValueError, match=f"2 or more.*: {options}, {confidence}"):
             confidence_to_gamma(confidence, options)
 
     def test_entropy_of_impossible_options_is_finite(self):
