@@ -61,8 +61,11 @@ def evaluate(run: Run, policy: Policy, *, streams: EncodedStream | None = None, 
     )
 
 
-def tuned_rules(run: Run, workdir: Path) -> list[rules.Rule]:
-    """The fixed rules, their constants tuned on training streams (once per workdir)."""
+def tuned_rules(run: Run, workdir: Path, num_slots: int | None = None) -> list[rules.Rule]:
+    """The fixed rules for a number of slots, the run's own for None.
+
+    Their constants are tuned on training streams at the run's own budget, once per workdir.
+    """
     path = workdir / "eval" / "rules.json"
     config = world_job.memory_config(run.config)
     if path.exists():
@@ -77,7 +80,8 @@ def tuned_rules(run: Run, workdir: Path) -> list[rules.Rule]:
 
         constants = protocol.tune_rules(score)
         provenance.write_json(path, constants)
-    return rules.fixed_rules(run.config.world.num_chunks, config.episodic_slots, **constants)
+    num_slots = num_slots or config.episodic_slots
+    return rules.fixed_rules(run.config.world.num_chunks, num_slots, **constants)
 
 
 def rule_policies(run: Run, workdir: Path) -> list[Policy]:
@@ -105,14 +109,16 @@ def compare(run: Run, workdir: Path, learned: Policy) -> tuple[list[dict], dict]
 def frontier(run: Run, workdir: Path, learned: Policy, entries: list[dict]) -> list[dict]:
     """Accuracy against tokens held at several slot budgets: learned and the best fixed rule."""
     best = table.best_rule({"policies": entries})
-    rule_list = {rule.name: rule for rule in tuned_rules(run, workdir)}
     base = world_job.memory_config(run.config)
     points = []
     for slots in sorted({*run.config.eval.slots, base.episodic_slots}):
         config = protocol.with_slots(base, slots)
         chosen = [learned._replace(config=config)]
-        if best is not None:
-            chosen.append(protocol.rule_policy(rule_list[best["name"]], config))
+        chosen += [
+            protocol.rule_policy(rule, config)
+            for rule in tuned_rules(run, workdir, slots)
+            if best is not None and rule.name == best["name"]
+        ]
         for policy in chosen:
             entry = protocol.summarise(policy.name, evaluate(run, policy), run.streams)
             keys = ("tokens", "accuracy", "se")
