@@ -24,3 +24,26 @@ def test_every_file_is_written_and_the_report_sees_the_curves(tmp_path):
     assert results == same == {"step": 2}
     assert [row["phase"] for row in metrics] == ["manager", "held-out"]
     assert (page.name, picture.name) == ("report.html", "summary.png")
+
+
+def test_no_file_has_a_bare_nan(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    (tmp_path / "eval").mkdir()
+    outputs.write_outputs(
+        tmp_path,
+        {"a": nan, "b": [1.5, {"c": -inf}], "d": (nan, "NaN of text", True, 2)},
+        iter([{"age": nan, "qid": 1}]),
+        write_report=lambda *x: None,
+        plot_summary=lambda *x: None,
+    )
+
+    def strict(text):
+        def refuse(constant):
+            raise AssertionError(constant)
+
+        return json.loads(text, parse_constant=refuse)
+
+    results = strict((tmp_path / "eval" / "results.json").read_text())
+    assert results == {"a": None, "b": [1.5, {"c": None}], "d": [None, "NaN of text", True, 2]}
+    row = strict((tmp_path / "eval" / "questions.jsonl").read_text())
+    assert row == {"age": None, "qid": 1}
