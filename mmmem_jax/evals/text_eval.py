@@ -63,6 +63,11 @@ def run_all(
     shares: Sequence[float],
 ) -> Iterator[tuple[str, Found]]:
     """Each share of the tokens, as text, and what all policies found with it."""
+    if text_policies.tuning_text(texts) is None:
+        LOG.warning(
+            "no training stream has a question with evidence: constants are not tuned, each is the"
+            " first of its grid"
+        )
     run = functools.partial(run_policy, texts=texts, splits=splits, top_k=config.eval.top_k)
     unlimited = text_policies.unlimited(config)
     everything = [run(unlimited)]

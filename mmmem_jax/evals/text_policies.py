@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mmmem_jax.data.text_streams import Asked
+from mmmem_jax.data.text_streams import Asked, evidence_rows
 from mmmem_jax.evals.protocol import Policy
 from mmmem_jax.evals.text_protocol import Text, rate, run_policy
 from mmmem_jax.memory.types import (
@@ -163,9 +163,25 @@ def _every(asked: Asked, number: int) -> Asked:
     return Asked(asked.questions[::step], asked.query[::step], asked.options[::step])
 
 
+def tuning_text(texts: Sequence[Text]) -> Text | None:
+    """The last training stream that has a made question with evidence; None if none has."""
+    for text in reversed(texts):
+        stream = text.stream
+        if stream.split == "train" and any(
+            len(evidence_rows(stream.span, question)) for question in stream.made.questions
+        ):
+            return text
+    return None
+
+
 def tune(texts: Sequence[Text], make: Callable, grid: Sequence[float], top_k: int):
-    """The value of `grid` under which the last training stream's questions find most evidence."""
-    last = [text for text in texts if text.stream.split == "train"][-1]
+    """The value of `grid` under which `tuning_text`'s questions find most evidence.
+
+    The first of equals, and where there is no such stream.
+    """
+    last = tuning_text(texts)
+    if last is None:
+        return grid[0]
     thinned = last._replace(stream=last.stream._replace(made=_every(last.stream.made, _TUNED_ON)))
 
     def recall(value):
@@ -176,7 +192,7 @@ def tune(texts: Sequence[Text], make: Callable, grid: Sequence[float], top_k: in
 
 
 def fixed_rules(setting: Setting, texts: Sequence[Text]) -> dict[str, Callable]:
-    """Every rule by name, constants tuned at this budget on the last training stream."""
+    """Every rule by name, constants tuned at this budget on `tuning_text`."""
     config, share = setting.config, setting.share
     best = functools.partial(tune, texts, top_k=config.eval.top_k)
     general, worded = functools.partial(rule, setting), functools.partial(text_rule, setting)

@@ -1,7 +1,9 @@
 """The text protocol: causality, budgets, what counts, on a made-up life."""
 
+import functools
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from mmmem_jax.data import text_streams
-from mmmem_jax.evals import text_policies, text_protocol
+from mmmem_jax.data.text_streams import Asked
+from mmmem_jax.evals import text_eval, text_policies, text_protocol
+from mmmem_jax.evals.protocol import Policy
 from mmmem_jax.evals.text_policies import Setting
 from mmmem_jax.policies import rules, text_rules
 from mmmem_jax.retrieval.text_search import Kept
@@ -98,14 +102,48 @@ def test_unlimited_holds_all_that_ended(config, texts):
         )
 
 
-def test_labelled_questions_also_search_the_days_before(config, texts):
-    found = text_protocol.run_policy(
-        text_policies.unlimited(config), texts, ("validation", "test"), top_k=10_000
+def on_day(text, number: int, query_time=None, evidence=()):
+    """The text `number` days later, its labelled question asked at and about absolute times (s)."""
+    stream, later = text.stream, 86_400.0 * number
+
+    def moved(question):
+        windows = tuple((start + later, end + later) for start, end in question.evidence)
+        return replace(question, query_time=question.query_time + later, evidence=windows)
+
+    made = stream.made._replace(questions=tuple(map(moved, stream.made.questions)))
+    asked = tuple(
+        replace(question, query_time=query_time, evidence=evidence)
+        for question in stream.labelled.questions
     )
-    assert found["test"].labelled.hit.tolist() == [True]
-    assert found["test"].made.hit.all()
-    assert found["test"].made.has_evidence.all()
-    assert found["test"].tokens == texts[2].stream.tokens.sum()
+    labelled = stream.labelled._replace(questions=asked)
+    return text._replace(
+        stream=stream._replace(span=stream.span + later, made=made, labelled=labelled)
+    )
+
+
+@pytest.mark.parametrize(
+    ("evidence", "alone", "with_the_days_before"),
+    [
+        ((500.0, 530.0), False, True),  # of the first day
+        ((86_900.0, 86_930.0), False, True),
+        ((173_300.0, 173_330.0), True, True),  # of the own day
+        ((174_000.0, 174_030.0), False, False),  # of the own day, after the question
+    ],
+)
+def test_labelled_questions_also_search_the_days_before(
+    config, texts, evidence, alone, with_the_days_before
+):
+    days = [on_day(text, number, 173_800.0, (evidence,)) for number, text in enumerate(texts)]
+    run = functools.partial(
+        text_protocol.run_policy, text_policies.unlimited(config), splits=("test",), top_k=10_000
+    )
+    assert run(days)["test"].labelled.hit.tolist() == [with_the_days_before]
+    assert run(days[2:])["test"].labelled.hit.tolist() == [alone]
+    whole = run(days)["test"]
+    assert whole.labelled.has_evidence.tolist() == [with_the_days_before]
+    assert whole.made.hit.all()  # made questions rest on their own day
+    assert whole.made.has_evidence.all()
+    assert whole.tokens == texts[2].stream.tokens.sum()
 
 
 def test_a_budget_is_a_larger_share_of_what_was_seen(texts):
@@ -120,6 +158,54 @@ def test_a_budget_is_a_larger_share_of_what_was_seen(texts):
     assert 0.25 < found.mean() < 1.0
     np.testing.assert_array_equal(text_protocol.share_of_seen(stream, total), 1.0)
     np.testing.assert_array_equal(text_protocol.share_of_seen(stream, None), 1.0)
+
+
+BEST = 0.4
+
+
+def memory_of(value, config, read):
+    """A maker that keeps everything under the value BEST, else nothing; notes what it reads."""
+    rule = rules.unlimited() if value == BEST else rules.random_actions([1e-30, 1e-30, 1.0])
+
+    def make(text):
+        read.append(text.stream)
+        size = text_job.memory_config(config, len(text.items.valid), None)
+        return Policy("fake", rule.decide_fn, rule.params, size)
+
+    return make
+
+
+def without_questions(text):
+    return text._replace(stream=text.stream._replace(made=Asked((), text.stream.made.query, ())))
+
+
+def test_tuning_takes_the_best_value_and_reads_the_last_training_stream_alone(config, texts):
+    grid, read = (0.1, 0.2, BEST, 0.8), []
+    one, two = (on_day(texts[0], number) for number in range(2))
+    silent = without_questions(on_day(texts[0], 2))
+
+    def tuned(texts):
+        read.clear()
+        return text_policies.tune(texts, lambda v: memory_of(v, config, read), grid, top_k=10_000)
+
+    assert tuned([one, two, *texts[1:]]) == BEST
+    assert len(read) == len(grid)
+    assert all(stream.span is two.stream.span for stream in read)
+    assert tuned([one, two, silent, *texts[1:]]) == BEST
+    assert all(stream.span is two.stream.span for stream in read)
+    assert tuned([silent, *texts[1:]]) == grid[0]
+    assert not read
+
+
+def test_what_cannot_be_tuned_is_said_once(config, texts, caplog):
+    def run_all(texts):
+        next(text_eval.run_all(config, texts, [], splits=(), shares=()), None)
+
+    run_all(texts)
+    assert not caplog.records
+    run_all([without_questions(texts[0]), *texts[1:]])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no training stream has a question with evidence")
 
 
 def test_nothing_kept_finds_nothing(config, texts):
