@@ -18,7 +18,7 @@ from mmmem_jax.data.encoded import EncodedStream, QuestionBatch, to_items, to_qu
 from mmmem_jax.memory.types import Item, MemoryConfig, MemoryState
 from mmmem_jax.models import reader as reader_lib
 from mmmem_jax.policies import manager, rules, varied
-from mmmem_jax.retrieval.top_down import RetrievalConfig, search
+from mmmem_jax.retrieval.top_down import RetrievalConfig, best_slots, search
 
 
 def unlimited_config(config: MemoryConfig, num_chunks: int) -> MemoryConfig:
@@ -56,21 +56,39 @@ def full_memories(items: Item, config: MemoryConfig) -> MemoryState:
     return jax.vmap(one)(items)
 
 
-def _answer(model, state, questions: QuestionBatch, depth, retrieval: RetrievalConfig):
-    """Option logits of one memory, each question reading evidence to its own `depth`."""
-    entered, _ = search(state, questions.query, questions.options, retrieval)
-    asked = model.ask(questions.query, questions.options)
-    return model.answer(reader_lib.project(state), asked, entered <= depth[:, None])
+def _answer(model, state, questions: QuestionBatch, depth, flat, retrieval: RetrievalConfig):
+    """Option logits of one memory, each question reading evidence of its own.
+
+    That is the search to its `depth`, or its `flat` best slots of any level where that is not 0.
+    """
+    query, options = questions.query, questions.options
+    evidence = search(state, query, options, retrieval)[0] <= depth[:, None]
+    if flat is not None:
+        best = best_slots(state, query, options, flat[:, None])
+        evidence = jnp.where(flat[:, None] > 0, best, evidence)
+    return model.answer(reader_lib.project(state), model.ask(query, options), evidence)
 
 
 def make_loss_fn(
-    graphdef, memory_config: MemoryConfig, retrieval: RetrievalConfig, num_unlimited: int
+    graphdef,
+    memory_config: MemoryConfig,
+    retrieval: RetrievalConfig,
+    num_unlimited: int,
+    flat_share: float = 0.0,
 ):
     """loss_fn(params, rng_key, batch) -> (-E log q(y | m), metrics).
 
-    The last `num_unlimited` streams of a batch are read from unlimited memories.
+    The last `num_unlimited` streams of a batch are read from unlimited memories. Half the questions
+    read the whole memory; of the others, `flat_share` read the best slots of any level, as flat
+    retrieval would, and the rest what the search has read after some step.
     """
     num_steps = len(retrieval.step_levels)
+    most = sum(k * r for k, r in zip(retrieval.top_k, retrieval.rounds, strict=True))
+
+    def draw_flat(rng_key, whole):
+        keys = jax.random.split(rng_key)
+        chosen = jax.random.bernoulli(keys[0], flat_share, whole.shape) & ~whole
+        return jnp.where(chosen, jax.random.randint(keys[1], whole.shape, 1, most + 1), 0)
 
     def log_likelihood(params, rng_key, states, questions: QuestionBatch):
         model = nnx.merge(graphdef, params)
@@ -78,9 +96,10 @@ def make_loss_fn(
         keys = jax.random.split(rng_key)
         whole = jax.random.bernoulli(keys[0], 0.5, shape)
         depth = jnp.where(whole, num_steps, jax.random.randint(keys[1], shape, 0, num_steps))
+        flat = draw_flat(jax.random.fold_in(rng_key, 2), whole) if flat_share else None
         # Whole memory means every slot, also those the search would never reach.
-        logits = jax.vmap(lambda s, q, d: _answer(model, s, q, d, retrieval))(
-            states, questions, depth
+        logits = jax.vmap(lambda s, q, d, f: _answer(model, s, q, d, f, retrieval))(
+            states, questions, depth, flat
         )
         right = jnp.argmax(logits, -1) == questions.answer
         log_probs = jax.nn.log_softmax(logits)
@@ -130,7 +149,12 @@ def expected_calibration_error(
 def fit_temperature(
     logits: Float[Array, "N O"], answer: Array, *, num_steps: int = 200
 ) -> Float[Array, ""]:
-    """log temperature that maximises the likelihood of held-out answers (temperature scaling)."""
+    """log temperature that maximises the likelihood of held-out answers (temperature scaling).
+
+    0, a temperature of 1, where there are none.
+    """
+    if not len(answer):
+        return jnp.zeros(())
     optimizer = optax.adam(0.05)
 
     def loss_fn(log_temperature):

@@ -63,3 +63,7 @@ def test_the_temperature_is_found(temperature):
     answer = jax.random.categorical(jax.random.key(1), logits)
     found = jax.jit(reader_phase.fit_temperature)(logits * temperature, answer)
     assert float(jnp.exp(found)) == pytest.approx(temperature, rel=0.1)
+
+
+def test_without_answers_the_temperature_stays():
+    assert reader_phase.fit_temperature(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32)) == 0.0
