@@ -94,21 +94,16 @@ def flatten(config: Json, prefix: str = "") -> dict[str, object]:
     return out
 
 
-def claim_workdir(workdir: Path, config: Json) -> None:
-    """Writes `config.json` into a new workdir; refuses one that was made by another config.
+def check_workdir(workdir: Path, config: Json) -> None:
+    """Refuses a workdir that was made by another config; a new one is fine, and stays unmade.
 
     Raises:
       UserError: naming the keys that differ.
     """
-    path = workdir / "config.json"
-    config = json.loads(json.dumps(config))
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(config, indent=2))
-        partial.replace(path)
+    if not (workdir / "config.json").exists():
         return
-    old, new = flatten(read_config(workdir)), flatten(config)
+    # Through JSON, so that tuples are lists on both sides.
+    old, new = flatten(read_config(workdir)), flatten(json.loads(json.dumps(config)))
     different = [
         f"{key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
         for key in sorted(old.keys() | new.keys())
@@ -119,6 +114,21 @@ def claim_workdir(workdir: Path, config: Json) -> None:
             f"{workdir} belongs to another config ({'; '.join(different)}); "
             "take the same config or another --workdir"
         )
+
+
+def claim_workdir(workdir: Path, config: Json) -> None:
+    """Writes `config.json` into a new workdir, or refuses one as `check_workdir` does.
+
+    Raises:
+      UserError: naming the keys that differ.
+    """
+    check_workdir(workdir, config)
+    path = workdir / "config.json"
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(config, indent=2))
+        partial.replace(path)
 
 
 def read_config(workdir: Path) -> Json:

@@ -16,7 +16,7 @@ def make_mesh(data: int, group: int) -> Mesh:
       UserError: if the devices do not suffice.
     """
     devices = jax.devices()
-    data = len(devices) // group if data == -1 else data
+    data = len(devices) // max(group, 1) if data == -1 else data
     if data < 1 or group < 1 or data * group > len(devices):
         raise UserError(
             f"config.mesh asks for {data} x {group} devices and there are {len(devices)}; "
@@ -29,13 +29,13 @@ def make_mesh(data: int, group: int) -> Mesh:
 def check_divides(mesh: Mesh, *, batch_size: int, num_generations: int) -> None:
     """Raises UserError unless the mesh divides the batch and the group."""
     for axis, name, size in (
-        ("data", "batch_size", batch_size),
-        ("group", "num_generations", num_generations),
+        ("data", "manager.batch_size", batch_size),
+        ("group", "sib.num_generations", num_generations),
     ):
         if size % mesh.shape[axis]:
             raise UserError(
-                f"{name} = {size} does not divide over the {mesh.shape[axis]} devices of mesh axis "
-                f"{axis!r}; make it a multiple"
+                f"config.{name} = {size} does not divide over the {mesh.shape[axis]} devices of "
+                f"mesh axis {axis!r}; make it a multiple"
             )
 
 

@@ -30,7 +30,7 @@ from mmmem_jax.models.weights import default_cache_dir, fetch_minilm
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.text_search import evidence_mass
 from mmmem_jax.sib import update as sib
-from mmmem_jax.train import checkpoints, sharding
+from mmmem_jax.train import checkpoints, checks, sharding
 from mmmem_jax.train.trainer import FitConfig, fit
 from mmmem_jax.train.world_job import manager_optimizer
 
@@ -120,6 +120,20 @@ def fit_space(config: ConfigDict, streams: list[TextStream]) -> TextSpace:
     return text_streams.fit_space(np.concatenate(train), config.dim)
 
 
+def check_training(config: ConfigDict) -> None:
+    """Checks what training, and then the evaluation, would stumble over late.
+
+    Raises:
+      UserError: naming the key and what it may be.
+    """
+    checks.check_manager(config)
+    checks.at_least(config, len(text_streams.FEATURES), "dim")
+    checks.at_least(config, 1, "manager.num_rows", "manager.num_questions", "max_node_tokens")
+    checks.at_least(config, 1, "questions_per_stream")
+    checks.at_least(config, 0, "rows_per_stream", "question_seed")
+    checks.at_least(config, 1, "eval.top_k", "eval.tokens_per_slot", "eval.tokens_per_cluster")
+
+
 def make_manager(config: ConfigDict) -> Manager:
     """A manager initialised from the config's seed."""
     return Manager(config.dim, config.manager.hidden, rngs=nnx.Rngs(config.seed))
@@ -207,7 +221,7 @@ def calibrate_temperature(batch: EncodedStream) -> float:
 
 
 def train_manager(config: ConfigDict, workdir: Path, train_streams: list[EncodedStream]) -> Manager:
-    """SIB-GRPO on segments of the training streams.
+    """SIB-GRPO on segments of the training streams, in a workdir that is claimed now.
 
     Raises:
       UserError: if no question could be made from them.
@@ -246,6 +260,7 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
         shard=sharding.make_shard(mesh),
     )
     start = sib.init_state(model, optimizer, jax.random.key(config.seed))
+    checkpoints.claim_workdir(workdir, config.to_dict())
     final = fit(
         "manager",
         sharding.replicate(mesh, start),
@@ -282,7 +297,7 @@ def train(
     config: ConfigDict, workdir: Path, streams: Sequence[TextStream], space: TextSpace
 ) -> Manager:
     """Trains in `workdir`, or goes on where it was stopped; a finished run is only loaded."""
-    checkpoints.claim_workdir(workdir, config.to_dict())
+    checkpoints.check_workdir(workdir, config.to_dict())
     if checkpoints.steps(workdir / "checkpoints" / "manager")[-1:] == [config.manager.num_steps]:
         return load_manager(config, workdir, None)[0]
     return train_manager(config, workdir, training_streams(config, streams, space))
@@ -307,9 +322,14 @@ def training_streams(
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """The whole job."""
+    """The whole job; what is refused, the config or the data, leaves no workdir behind.
+
+    Raises:
+      UserError: if the config or the data cannot be, or the workdir is another config's.
+    """
     check_config(config)
-    checkpoints.claim_workdir(workdir, config.to_dict())  # refused before anything is read
+    check_training(config)
+    checkpoints.check_workdir(workdir, config.to_dict())
     streams = load_streams(config, with_options=False)
     train(config, workdir, streams, fit_space(config, streams))
     LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 
 from mmmem_jax.data import encoded, worlds
 from mmmem_jax.data.encoded import EncodedStream
-from mmmem_jax.memory.types import MemoryConfig
+from mmmem_jax.errors import UserError
+from mmmem_jax.memory.types import LEVELS, MemoryConfig
 from mmmem_jax.models.frame_encoder import FrameEncoder, frame_loss
 from mmmem_jax.models.reader import Reader
 from mmmem_jax.perception import world as perception
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig
 from mmmem_jax.sib import update as sib
-from mmmem_jax.train import checkpoints, reader_phase, sharding, state
+from mmmem_jax.train import checkpoints, checks, reader_phase, sharding, state
 from mmmem_jax.train.trainer import FitConfig, fit
 
 LOG = logging.getLogger("mmmem_jax")
@@ -49,6 +50,37 @@ def retrieval_config(config: ConfigDict) -> RetrievalConfig:
     """The retrieval of a run."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.retrieval.items()}
     return RetrievalConfig(**options)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks all that the job, and then its evaluation, would stumble over late.
+
+    Raises:
+      UserError: naming the key and what it may be.
+    """
+    checks.at_least(config, 2, "streams.validation")  # one half calibrates, the other measures it
+    checks.at_least(config, 1, *(f"streams.{split}" for split in SPLITS))
+    checks.at_least(config, 1, "world.num_chunks", "world.questions_per_family")
+    with checks.naming("world"):
+        worlds.WorldConfig(**config.world)
+    checks.at_least(config, 0, "memory.schema_slots", "memory.num_relations")
+    with checks.naming("memory"):
+        num_prototypes = memory_config(config).num_prototypes
+    checks.one_of("memory.num_prototypes", num_prototypes, (1, 2))  # the reader reads two at most
+    with checks.naming("retrieval"):
+        retrieval = retrieval_config(config)
+    if len(retrieval.top_k) != len(LEVELS) or len(retrieval.rounds) != len(LEVELS):
+        raise UserError(f"config.retrieval: top_k and rounds need a number for each of {LEVELS}")
+    for phase in ("perception", "reader"):
+        checks.check_phase(config, phase)
+    checks.at_least(config, 0, "reader.num_unlimited")
+    if config.reader.num_unlimited >= config.reader.batch_size:
+        raise UserError("config.reader.num_unlimited must be less than config.reader.batch_size")
+    checks.at_least(config, 1, "reader.questions_per_stream", "manager.questions_per_stream")
+    checks.check_manager(config)
+    checks.at_least(config, 1, "eval.batch_size")
+    if min(config.eval.slots, default=1) < 1:
+        raise UserError(f"config.eval.slots is {config.eval.slots}; a memory has a slot at least")
 
 
 def make_models(config: ConfigDict) -> Models:
@@ -176,7 +208,11 @@ def train_reader(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     # Partial evidence comes from a fixed ladder, so that answering can be tuned without retraining.
     loss_fn = reader_phase.make_loss_fn(
-        graphdef, memory_config(config), RetrievalConfig(), section.num_unlimited
+        graphdef,
+        memory_config(config),
+        RetrievalConfig(),
+        section.num_unlimited,
+        section.flat_share,
     )
     final = fit(
         "reader",
@@ -254,7 +290,12 @@ def train_manager(
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Trains all three phases in `workdir`, or goes on where it was stopped."""
+    """Trains all three phases in `workdir`, or goes on where it was stopped.
+
+    Raises:
+      UserError: if the config cannot be; then nothing was written.
+    """
+    check_config(config)
     checkpoints.claim_workdir(workdir, config.to_dict())
     models = make_models(config)
     eye = train_eye(config, workdir, models.eye)

@@ -88,6 +88,15 @@ def test_refuses_the_workdir_of_another_config(tmp_path, other, difference):
     assert checkpoints.read_config(tmp_path)["seed"] == 0
 
 
+def test_checking_makes_no_workdir(tmp_path):
+    checkpoints.check_workdir(tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+    checkpoints.claim_workdir(tmp_path / "run", CONFIG)
+    checkpoints.check_workdir(tmp_path / "run", CONFIG)
+    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+        checkpoints.check_workdir(tmp_path / "run", CONFIG | {"seed": 1})
+
+
 def test_says_what_is_wrong_with_a_folder(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         checkpoints.read_config(tmp_path)

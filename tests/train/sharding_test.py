@@ -27,9 +27,9 @@ def test_a_mesh_that_cannot_be_made_is_refused(data, group):
 def test_the_mesh_must_divide_batch_and_group():
     mesh = sharding.make_mesh(4, 2)
     sharding.check_divides(mesh, batch_size=8, num_generations=4)
-    with pytest.raises(UserError, match="batch_size = 6 .* 4 devices of mesh axis 'data'"):
+    with pytest.raises(UserError, match="config.manager.batch_size = 6 .* 4 .* axis 'data'"):
         sharding.check_divides(mesh, batch_size=6, num_generations=4)
-    with pytest.raises(UserError, match="num_generations = 3 .* 2 devices of mesh axis 'group'"):
+    with pytest.raises(UserError, match="config.sib.num_generations = 3 .* 2 .* axis 'group'"):
         sharding.check_divides(mesh, batch_size=8, num_generations=3)
 
 

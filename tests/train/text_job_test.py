@@ -124,6 +124,30 @@ def test_the_wearer_of_egolife_is_the_person_the_files_are_named_after(config):
     assert text_job.wearer_of(config, parts) == "Alice"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_dir", ""),
+        ("data_dir", "/nowhere"),
+        ("dim", 4),
+        ("seed", -1),
+        ("questions_per_stream", 0),
+        ("rows_per_stream", -1),
+        ("manager.num_rows", 0),
+        ("manager.log_every", 3),
+        ("manager.batch_size", 0),
+        ("mesh.data", 99),
+        ("sib.ratio", "token"),
+        ("eval.top_k", 0),
+    ],
+)
+def test_a_refused_run_leaves_no_workdir(config, tmp_path, key, value):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"config.{key}|log_every = 3|/nowhere|config.mesh"):
+        text_job.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_checkpoints_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         text_job.load_manager(config, tmp_path, None)
@@ -137,7 +161,8 @@ def test_rows_without_questions_are_refused(config, tmp_path):
     )
     space = text_streams.fit_space(streams[0].embedding, 16)
     with pytest.raises(UserError, match="no question can be made"):
-        text_job.train_manager(config, tmp_path, [text_streams.encode(space, streams[0])])
+        text_job.train_manager(config, tmp_path / "run", [text_streams.encode(space, streams[0])])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,64 @@ def test_says_which_checkpoint_is_missing(tiny_run, tmp_path):
         world_job.load_manager(config, tmp_path, model, None)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("dim", 0),
+        ("world.num_chunks", 0),
+        ("world.num_chunks", -1),
+        ("world.chunks_per_day", 1),
+        ("world.questions_per_family", 0),
+        ("world.chunks", 8),
+        ("memory.episodic_slots", 0),
+        ("memory.schema_slots", -1),
+        ("memory.num_prototypes", 3),
+        ("memory.merge_target", "newest"),
+        ("retrieval.confidence", 2.0),
+        ("retrieval.rounds", (1, 2)),
+        ("streams.perception", 0),
+        ("streams.train", 0),
+        ("streams.validation", 0),
+        ("streams.validation", 1),
+        ("perception.batch_size", 0),
+        ("perception.num_steps", 0),
+        ("reader.hidden", 0),
+        ("reader.num_unlimited", 8),
+        ("manager.log_every", 30),
+        ("manager.save_every", 0),
+        ("manager.questions_per_stream", 0),
+        ("manager.batch_size", "4"),
+        ("mesh.data", 0),
+        ("mesh.group", 3),
+        ("sib.num_generations", 1),
+        ("sib.credit", "sate"),
+        ("sib.std", "on"),
+        ("sib.ratio", "token"),
+        ("sib.task", "bleu"),
+        ("sib.beta3", 1.0),
+        ("sib.block_size", 0),
+        ("eval.slots", (8, 0)),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_before_anything_is_written(config, tmp_path, key, value):
+    config = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(UserError) as error:
+        world_job.run(config, tmp_path / "run")
+    message = str(error.value)
+    assert "\n" not in message
+    assert "config." in message
+    assert name in message or key == "mesh.group"  # which names the group it does not divide
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_configs_pass(config):
+    world_job.check_config(config)
+    world_job.check_config(sib_grpo.get_config())
+
+
 @pytest.mark.parametrize("case", ["no questions", "one chunk", "no chunks", "identical frames"])
 def test_the_update_takes_what_has_nothing_in_it(config, case):
     """All-identical frames are what a camera sees that lies on a table."""
