@@ -34,11 +34,13 @@ class MemoryConfig:
     merge_target: str = "latest"  # node that MERGE extends: "latest" (eq. 2) or "nearest"
 
     def __post_init__(self):
-        for name in ("sensory_slots", "episodic_slots", "num_prototypes", "dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"MemoryConfig.{name} must be at least 1, got {getattr(self, name)}"
-                )
+        least = dict.fromkeys(("sensory_slots", "episodic_slots", "num_prototypes", "dim"), 1)
+        # 0 switches the schema or its relations off; a budget of 0 is that of a silent stream.
+        least |= dict.fromkeys(("schema_slots", "num_relations", "token_budget"), 0)
+        value = vars(self) | {"token_budget": self.token_budget or 0}  # None is no limit
+        for name, low in least.items():
+            if value[name] < low:
+                raise ValueError(f"MemoryConfig.{name} must be at least {low}, got {value[name]}")
         if self.merge_target not in ("latest", "nearest"):
             raise ValueError(f"MemoryConfig.merge_target is latest or nearest: {self.merge_target}")
 
@@ -96,7 +98,10 @@ class EpisodicStream:
 
 @struct.dataclass
 class SymbolicSchema:
-    """L3: entities with glosses, relations among them, grounding edges to episodes (eq. 4)."""
+    """L3: entities with glosses, relations among them, grounding edges to episodes (eq. 4).
+
+    Neither retrieval nor the reader reads `relations`; they are kept for who reads the graph.
+    """
 
     embedding: jax.Array  # [N3, D] running mean of the mentions
     norm: jax.Array  # [N3] length of `embedding`, kept so that no step measures it again
