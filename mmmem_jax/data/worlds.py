@@ -151,6 +151,48 @@ def _draw_kinds(bits: Bits, config: WorldConfig) -> np.ndarray:
     return kind.astype(np.uint8)
 
 
+def _draw_patterns(bits: Bits, is_pattern, own) -> tuple[np.ndarray, np.ndarray]:
+    """Own things, [T] word ids, each with its pattern shown at most once, and these patterns."""
+    order, pattern_of = bits.permutation(12), _PATTERNS[bits.integers(4, 12)]
+    shown = order[np.clip(np.cumsum(is_pattern) - 1, 0, 11)]
+    return np.where(is_pattern, _OWN[shown], own), np.where(is_pattern, pattern_of[shown], 0)
+
+
+def _draw_routines(bits: Bits, phase, day, ambient) -> tuple[np.ndarray, np.ndarray]:
+    """Habits, mostly those of the phase, and rooms, mostly those of the weekday, [T] word ids."""
+    n = len(phase)
+    habit_of = bits.choice(_HABITS, 4)[phase]
+    habit = np.where(bits.uniform(n) < 0.8, habit_of, _HABITS[bits.integers(8, n)])
+    day_room = _ROOMS[bits.integers(6, 7)][day]
+    return habit, np.where(bits.uniform(n) < 0.75, day_room, ambient)
+
+
+def _draw_channels(bits: Bits, is_pattern, config: WorldConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which things are told and which are seen, bool [T]; a pattern is never told."""
+    channel = bits.uniform(len(is_pattern))
+    told_only = channel < config.told_only
+    seen_only = ~told_only & (channel < config.told_only + config.seen_only)
+    return ~seen_only & ~is_pattern, ~told_only | is_pattern
+
+
+def _draw_sources(bits: Bits, kind: np.ndarray, config: WorldConfig) -> np.ndarray:
+    """The chunk that each chunk shows: itself, or an earlier one where the camera lingers.
+
+    It repeats a background chunk or a lasting fact, never a countable action.
+    """
+    source = np.arange(len(kind))
+    previous = kind[np.maximum(source - 1, 0)]
+    lingers = (
+        (bits.uniform(len(kind)) < config.duplicate_rate)
+        & (kind >= KIND["routine"])
+        & (source > 0)
+        & ~np.isin(previous, [KIND["action"], KIND["glitch"]])
+    )
+    for t in np.flatnonzero(lingers):
+        source[t] = source[t - 1]
+    return source
+
+
 def make_stream(seed: int, index: int, config: WorldConfig) -> tuple[Stream, Questions]:
     """Stream `index` of the world `seed`, and its questions."""
     bits = Bits(seed, index, config.num_chunks)
@@ -163,16 +205,8 @@ def make_stream(seed: int, index: int, config: WorldConfig) -> tuple[Stream, Que
     activity, state = _ACTIVITIES[bits.integers(8, n)], _STATES[bits.integers(4, n)]
     is_kind = {name: kind == i for name, i in KIND.items()}
 
-    pattern_order, pattern_of = bits.permutation(12), _PATTERNS[bits.integers(4, 12)]
-    shown = np.cumsum(is_kind["pattern"]) - 1
-    shown_object = pattern_order[np.clip(shown, 0, 11)]
-    own = np.where(is_kind["pattern"], _OWN[shown_object], own)
-    pattern = np.where(is_kind["pattern"], pattern_of[shown_object], 0)
-
-    habit_of = bits.choice(_HABITS, 4)[phase]
-    habit = np.where(bits.uniform(n) < 0.8, habit_of, _HABITS[bits.integers(8, n)])
-    day_room = _ROOMS[bits.integers(6, 7)][day]
-    routine_room = np.where(bits.uniform(n) < 0.75, day_room, ambient)
+    own, pattern = _draw_patterns(bits, is_kind["pattern"], own)
+    habit, routine_room = _draw_routines(bits, phase, day, ambient)
     room = np.where(is_kind["routine"], routine_room, ambient)
 
     # A loud event copies the form of a fact, about somebody else's thing.
@@ -186,58 +220,21 @@ def make_stream(seed: int, index: int, config: WorldConfig) -> tuple[Stream, Que
         [state, room, activity],
         0,
     )
-    channel = bits.uniform(n)
-    told = channel < config.told_only
-    seen = (channel >= config.told_only) & (channel < config.told_only + config.seen_only)
-    both = ~told & ~seen
-    told, seen = told | both, seen | both
+    told, seen = _draw_channels(bits, is_kind["pattern"], config)
     has_thing = np.isin(form, [KIND["state"], KIND["place"], KIND["action"], KIND["pattern"]])
-    told = np.where(is_kind["pattern"], False, told)
-    seen = np.where(is_kind["pattern"], True, seen)
-
     television = is_kind["loud"] & (bits.uniform(n) < 0.5)
     words = _narrate(form, thing, person, value, television, habit, phase, day, room)
     words[has_thing & ~told] = 0
     words[is_kind["glitch"]] = 0
     words[is_kind["idle"] & (bits.uniform(n) < 0.5)] = 0
 
-    shows_person = has_thing & seen & (form != KIND["pattern"])
-    visible = np.stack(
-        [
-            np.where(has_thing & seen, thing, 0),
-            np.where(shows_person, person, 0),
-            np.where(shows_person, value, np.where(is_kind["routine"], habit, 0)),
-            room,
-            pattern,
-        ],
-        axis=1,
-    )
+    visible = _show(form, has_thing & seen, thing, person, value, habit, room, pattern)
     visible[is_kind["glitch"]] = 0
-
-    mention = np.stack(
-        [
-            np.select([has_thing, is_kind["routine"]], [thing, _PHASES[phase]], 0),
-            np.select(
-                [has_thing & (form != KIND["pattern"]), is_kind["routine"]],
-                [person, _WEEKDAYS[day]],
-                0,
-            ),
-        ],
-        axis=1,
-    )
+    mention = _mention(form, has_thing, thing, person, phase, day)
     relation = np.where(form == KIND["action"], activity, -1)
+    source = _draw_sources(bits, kind, config)
+    first = source == np.arange(n)
 
-    duplicate = bits.uniform(n) < config.duplicate_rate
-    # A lingering camera repeats a background chunk or a lasting fact, never a countable action.
-    previous = np.maximum(np.arange(n) - 1, 0)
-    duplicate &= (
-        (kind >= KIND["routine"])
-        & (np.arange(n) > 0)
-        & ~np.isin(kind[previous], [KIND["action"], KIND["glitch"]])
-    )
-    source = np.arange(n)
-    for t in np.flatnonzero(duplicate):
-        source[t] = source[t - 1]
     seconds = SECONDS_PER_DAY / config.chunks_per_day
     start = np.arange(n) * seconds
     relevant = kind <= KIND["routine"]
@@ -247,13 +244,13 @@ def make_stream(seed: int, index: int, config: WorldConfig) -> tuple[Stream, Que
         loud=is_kind["loud"][source],
         glitch=is_kind["glitch"][source],
         kind=kind[source],
-        relevant=relevant[source] & (source == np.arange(n)),
+        relevant=relevant[source] & first,
         mention=mention[source].astype(np.uint8),
         relation=relation[source].astype(np.int32),
         span=np.stack([start, start + seconds], axis=1).astype(np.float32),
         noise_seed=int(bits.integers(2**31, 1)[0]),
     )
-    facts = _Facts(kind, own, person, value, pattern, habit, room, phase, day, duplicate)
+    facts = _Facts(kind, own, person, value, pattern, habit, room, phase, day, ~first)
     return stream, _make_questions(bits, facts, config)
 
 
@@ -280,6 +277,30 @@ def _narrate(form, thing, person, value, television, habit, phase, day, room) ->
         here = form == KIND[name]
         words[here] = np.stack(columns, axis=1)[here]
     return words
+
+
+def _show(form, shows_thing, thing, person, value, habit, room, pattern) -> np.ndarray:
+    """What is seen, [T, 5] word ids: object, person, value, room, pattern."""
+    shows_person = shows_thing & (form != KIND["pattern"])
+    routine = np.where(form == KIND["routine"], habit, 0)
+    columns = (
+        np.where(shows_thing, thing, 0),
+        np.where(shows_person, person, 0),
+        np.where(shows_person, value, routine),
+        room,
+        pattern,
+    )
+    return np.stack(columns, axis=1)
+
+
+def _mention(form, has_thing, thing, person, phase, day) -> np.ndarray:
+    """The entities of a chunk, [T, 2] word ids: a thing and a person, or a phase and a weekday."""
+    routine, has_person = form == KIND["routine"], has_thing & (form != KIND["pattern"])
+    columns = (
+        np.select([has_thing, routine], [thing, _PHASES[phase]], 0),
+        np.select([has_person, routine], [person, _WEEKDAYS[day]], 0),
+    )
+    return np.stack(columns, axis=1)
 
 
 class _Facts(NamedTuple):
