@@ -33,7 +33,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "log_every": 100, "save_every": 300}
     )  # fmt: skip
     config.reader = ml_collections.ConfigDict(
-        {"num_steps": 3000, "batch_size": 32, "num_unlimited": 2, "questions_per_stream": 16,
+        {"num_steps": 3000, "batch_size": 32, "num_unlimited": 2, "flat_share": 0.0,
+         "questions_per_stream": 16,
          "learning_rate": 4e-3, "hidden": 64, "log_every": 100, "save_every": 500}
     )  # fmt: skip
     config.manager = ml_collections.ConfigDict(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmmem_jax.memory.types import MemoryState
 from mmmem_jax.retrieval import evidence as ev
@@ -184,6 +184,18 @@ def top_down(
     )
 
 
+def best_slots(
+    state: MemoryState,
+    query: Float[Array, "Q D"],
+    options: Float[Array, "Q O D"],
+    number: Int[Array, "Q 1"] | int,
+) -> Bool[Array, "Q N"]:
+    """Evidence mask of the `number` slots that fit best, whatever their level."""
+    scores = ev.slot_similarity(state, query, options)
+    candidates = jnp.broadcast_to(ev.slot_valid(state), scores.shape)
+    return candidates & (_rank(scores, candidates) < number)
+
+
 def flat(
     state: MemoryState,
     query: Float[Array, "Q D"],
@@ -197,8 +209,6 @@ def flat(
     Returns log-probabilities [Q, O], the evidence mask [Q, N] and the tokens read [Q].
     """
     budget = sum(k * r for k, r in zip(config.top_k, config.rounds, strict=True))
-    scores = ev.slot_similarity(state, query, options)
-    candidates = jnp.broadcast_to(ev.slot_valid(state), scores.shape)
-    evidence = candidates & (_rank(scores, candidates) < budget)
+    evidence = best_slots(state, query, options, budget)
     tokens = jnp.sum(jnp.where(evidence, ev.slot_tokens(state, config.visual_tokens), 0), -1)
     return jax.nn.log_softmax(answer_fn(evidence)), evidence, tokens

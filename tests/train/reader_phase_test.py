@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from mmmem_jax.data.encoded import QuestionBatch
 from mmmem_jax.memory.types import MemoryConfig
+from mmmem_jax.models.reader import Reader, project
+from mmmem_jax.retrieval.top_down import RetrievalConfig, best_slots, search
 from mmmem_jax.testing import toys
 from mmmem_jax.train import reader_phase
 
@@ -67,3 +71,19 @@ def test_the_temperature_is_found(temperature):
 
 def test_without_answers_the_temperature_stays():
     assert reader_phase.fit_temperature(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32)) == 0.0
+
+
+def test_a_question_reads_the_search_to_its_depth_or_the_best_slots():
+    state = toys.random_memory(0, CONFIG)
+    query, options = toys.random_questions(0, 3, 4, 8)
+    questions = QuestionBatch(query, options, *[jnp.zeros(3, jnp.int32)] * 3, jnp.ones(3, bool))
+    model, retrieval = Reader(8, rngs=nnx.Rngs(0)), RetrievalConfig()
+    depth, flat = jnp.array([0, 3, 3]), jnp.array([0, 0, 5])
+    found = reader_phase._answer(model, state, questions, depth, flat, retrieval)
+
+    searched = search(state, query, options, retrieval)[0] <= depth[:, None]
+    best = best_slots(state, query, options, 5)
+    assert np.any(best[2] != searched[2])
+    evidence = jnp.where(flat[:, None] > 0, best, searched)
+    wanted = model.answer(project(state), model.ask(query, options), evidence)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
