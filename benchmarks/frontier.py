@@ -5,12 +5,14 @@
 
 RUN is a finished run of configs/sib_grpo.py, whose eye and reader are used. Keys of the last line:
 points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats), num_steps.
-bound_rate has the prior of eq. 9, whose partition function is estimated from the memories of an
-update (bound_rate_counts: the share of them that count). In bound_rate_ref the prior is p_ref, and
-nothing is estimated.
+Both rates bound I(X; trace of actions) from above, and so I(X; M). bound_rate has the prior of
+eq. 9, whose log Z is estimated from the memories of an update (bound_rate_counts: the share of them
+that count). Where about one of them counts (counts times their number is near 1), log Z cannot be
+used: the estimate is low, and so is the bound. In bound_rate_ref the prior is p_ref and nothing is
+estimated; neither prior is always the tighter one.
 """
 
-import shutil
+import functools
 import sys
 from pathlib import Path
 
@@ -20,8 +22,6 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import common
-from benchmarks.learning import SHARED
-from mmmem_jax import flags
 from mmmem_jax.evals import protocol, world_eval
 from mmmem_jax.train import checkpoints, world_job
 from mmmem_jax.train.metrics import read_metrics
@@ -37,9 +37,7 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
     config.mesh.data = jax.device_count()  # of this machine, whatever RUN was trained on
     config.manager.num_steps = num_steps
     config.manager.save_every = num_steps
-    for phase in SHARED:
-        if not (workdir / "checkpoints" / phase).exists():
-            shutil.copytree(base / "checkpoints" / phase, workdir / "checkpoints" / phase)
+    common.copy_phases(base, workdir)
     world_job.run(config, workdir)
     policy, _ = world_eval.load_learned(run._replace(config=config), workdir, None)
     entry = protocol.summarise("learned", world_eval.evaluate(run, policy), run.streams)
@@ -51,20 +49,23 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
     )
 
 
-def main() -> None:
-    """Sweeps beta1 and prints the frontier."""
-    parser = common.make_parser(__doc__)
-    args = parser.parse_args()
-    flags.log_plainly()
-    base = common.workdir(args, "learning")
+def sweep(full: bool, base: Path) -> dict:
+    """The points of the frontier, and of what they are."""
+    config = common.run_config(full, base)
     run = world_eval.load_run(base)
-    num_steps = 240 if args.full else 2 * run.config.manager.log_every
+    num_steps = 240 if full else 2 * config.manager.log_every
     points = [
         measure(run, base, base / "frontier" / f"{num_steps}_{beta1:g}", beta1, num_steps)
-        for beta1 in (BETA1 if args.full else BETA1[:2])
+        for beta1 in (BETA1 if full else BETA1[:2])
     ]
-    result = {"points": points, "num_steps": num_steps}
-    common.emit("frontier", result, full=args.full, seeds=[run.config.seed])
+    return {"points": points, "num_steps": num_steps, "seeds": [config.seed]}
+
+
+def main() -> None:
+    """Sweeps beta1 and prints the frontier."""
+    args = common.make_parser(__doc__, needs_run=True).parse_args()
+    sweep_run = functools.partial(sweep, args.full, args.workdir)
+    common.report("frontier", args, sweep_run, default_seeds=[0])
 
 
 if __name__ == "__main__":

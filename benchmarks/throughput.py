@@ -11,6 +11,7 @@ Needs PyTorch: pip install 'mmmem_jax[benchmark]'. One minute, or three with --f
 Keys: jax, torch, ratio (decisions/s): each at its best, of 1, 2 and 4 times the streams of the main
 job, and of 1 and 2 threads (`median` has all). jax_training counts the whole SIB-GRPO update
 (rollout, reader, gradient steps) of the main job; same_actions is the share of actions that agree.
+scheduler and load (1 minute's average at the start) tell whether the machine was another's too.
 """
 
 import os
@@ -147,9 +148,20 @@ def training(config, model, streams, mesh):
     return jax.jit(update), (sharding.replicate(mesh, state), batch)
 
 
+def scheduling() -> dict:
+    """The kernel's policy for this process, such as SCHED_OTHER, and the load as it starts."""
+    if not hasattr(os, "sched_getscheduler"):  # macOS
+        return {"scheduler": None, "load": os.getloadavg()[0]}
+    policy = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
+    names = ("SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE", "SCHED_FIFO", "SCHED_RR")
+    named = {getattr(os, name): name for name in names}
+    return {"scheduler": named.get(policy, str(policy)), "load": os.getloadavg()[0]}
+
+
 def measure(full: bool, workdir: Path) -> dict:
     """Both rates from rounds that take turns, so that a busy moment of the machine meets both."""
     del workdir
+    scheduled = scheduling()
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # streams are split over the cores
     try:
         import torch
@@ -201,6 +213,7 @@ def measure(full: bool, workdir: Path) -> dict:
         "devices": mesh.size,
         "quartiles": {k: np.quantile(v, (0.25, 0.75)).tolist() for k, v in rates.items()},
         "torch_version": torch.__version__,
+        **scheduled,
         "seeds": [SEED, config.seed],
     }
 
