@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from mmmem_jax.sib import update as sib
@@ -17,16 +18,18 @@ from mmmem_jax.train import checkpoints, world_job
 from mmmem_jax.train.metrics import TIMINGS, read_metrics
 from tests.conftest import REPO, TINY, TINY_CONFIG, run_module
 
+PHASES = ("perception", "reader", world_job.CALIBRATED, "manager")  # as they follow each other
+
 
 def final_state(workdir):
-    """(state, Grain position, step) that the run ended with."""
+    """(manager's state, Grain position, step), eye and reader that the run ended with."""
     config = ConfigDict(checkpoints.read_config(workdir))
-    start = sib.init_state(
-        world_job.make_models(config).manager,
-        world_job.manager_optimizer(config),
-        jax.random.key(0),
-    )
-    return checkpoints.load(workdir / "checkpoints" / "manager", start)
+    models = world_job.make_models(config)
+    start = sib.init_state(models.manager, world_job.manager_optimizer(config), jax.random.key(0))
+    eye = world_job.load_eye(config, workdir, models.eye)
+    reader = world_job.load_reader(workdir, models.reader)
+    manager = checkpoints.load(workdir / "checkpoints" / "manager", start)
+    return manager, nnx.state(eye), nnx.state(reader)
 
 
 def rows_of(workdir) -> list[dict]:
@@ -34,10 +37,11 @@ def rows_of(workdir) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
-def before_manager(tiny_run, workdir):
-    """A copy of the run as it was when its reader was ready."""
-    shutil.copytree(tiny_run, workdir, ignore=shutil.ignore_patterns("manager", "eval"))
-    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if r["phase"] != "manager"]
+def before(phase, tiny_run, workdir):
+    """A copy of the run as it was when this phase was to start."""
+    later = PHASES[PHASES.index(phase) :]
+    shutil.copytree(tiny_run, workdir, ignore=shutil.ignore_patterns(*later, "eval"))
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if r["phase"] not in later]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -52,10 +56,12 @@ def test_a_run_logs_all_its_phases(tiny_run):
         assert list((tiny_run / "tensorboard" / phase).glob("events.*"))
 
 
-def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
+@pytest.mark.parametrize("phase", ["perception", "reader", "manager"])
+def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path, phase):
+    """Killed when the first checkpoint of a phase is whole."""
     workdir = tmp_path / "run"
-    before_manager(tiny_run, workdir)
-    folder = workdir / "checkpoints" / "manager"
+    before(phase, tiny_run, workdir)
+    folder = workdir / "checkpoints" / phase
     command = [sys.executable, "-m", "mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
@@ -65,16 +71,14 @@ def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    saved = max(checkpoints.steps(folder))
-    assert 0 < saved < TINY["manager.num_steps"]
+    saved = checkpoints.steps(workdir / "checkpoints" / "manager")
+    assert max(saved, default=0) < TINY["manager.num_steps"]
     done = run_module("mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    (state, data, step), (state_again, data_again, step_again) = map(
-        final_state, (tiny_run, workdir)
-    )
-    assert step == step_again == TINY["manager.num_steps"]
-    assert data == data_again
-    jax.tree.map(np.testing.assert_array_equal, state, state_again)
+    whole, again = final_state(tiny_run), final_state(workdir)
+    assert whole[0][1:] == again[0][1:]  # Grain position and step
+    assert whole[0][2] == TINY["manager.num_steps"]
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert rows_of(tiny_run) == rows_of(workdir)
 
 
@@ -90,7 +94,7 @@ def test_a_workdir_of_another_config_is_refused(tiny_run):
 def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     options = [*TINY_CONFIG, "--config.manager.learning_rate=nan", f"--workdir={workdir}"]
-    before_manager(tiny_run, workdir)
+    before("manager", tiny_run, workdir)
     (workdir / "config.json").unlink()
     done = run_module("mmmem_jax.main", *options)
     assert done.returncode == 2
@@ -111,6 +115,8 @@ def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
         (["--workdir=runs/x", "--config=configs/sib_grpo.py:smok"], "smoke"),
         (["--workdir=runs/x", "--config.job=wrld"], "it must be one of world, text"),
         (["--workdir=runs/x", "runs/y"], "unexpected argument"),
+        (["--workdir=runs/x", "--config=configs/timed_text.py"], "config.data_dir is empty"),
+        (["--workdir=runs/x", "--config.sib.credit=sate"], "config.sib.credit is 'sate'"),
     ],
 )
 def test_a_mistake_is_one_line(options, says):
