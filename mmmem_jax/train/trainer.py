@@ -46,23 +46,18 @@ def _reduced(window: list[dict]) -> dict[str, float]:
     return {name: float(reduce_fn(name)([row[name] for row in rows])) for name in rows[0]}
 
 
-@jax.jit
-def _nan_if_not_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(jnp.isfinite(x).all(), 0.0, jnp.nan) for x in leaves]
-
-
 def _check_state(phase: str, step: int, state, last_good: int | None) -> None:
     """Raises UserError naming the float leaves that are not finite.
 
     A step's metrics are of the parameters before it, so the last update shows in the state alone.
     """
-    floats = {
+    leaves = {
         "state." + jax.tree_util.keystr(path, simple=True, separator="."): x
-        for path, x in jax.tree.leaves_with_path(state)
+        for path, x in jax.tree.leaves_with_path(jax.device_get(state))
         if jnp.issubdtype(x.dtype, jnp.inexact)
     }
-    found = jax.device_get(_nan_if_not_finite(list(floats.values())))
-    check_finite(phase, step, dict(zip(floats, found, strict=True)), last_good)
+    broken = {name: np.nan for name, x in leaves.items() if not np.isfinite(x).all()}
+    check_finite(phase, step, broken, last_good)
 
 
 def fit(

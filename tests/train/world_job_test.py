@@ -11,6 +11,8 @@ from mmmem_jax.data.encoded import QUESTION_FIELDS, EncodedStream
 from mmmem_jax.errors import UserError
 from mmmem_jax.sib import update as sib
 from mmmem_jax.train import checkpoints, world_job
+from mmmem_jax.train.metrics import read_metrics
+from tests.conftest import TINY_CONFIG, run_module
 
 CHUNK_FIELDS = set(EncodedStream._fields) - set(QUESTION_FIELDS)
 
@@ -122,6 +124,19 @@ def test_a_value_that_cannot_be_is_named_before_anything_is_written(config, tmp_
 def test_the_default_configs_pass(config):
     world_job.check_config(config)
     world_job.check_config(sib_grpo.get_config())
+
+
+def test_lives_of_one_chunk_are_trained_on(tmp_path):
+    """Nothing can be asked of them, and they fill no credit unit."""
+    options = [*TINY_CONFIG, "--config.world.num_chunks=1", f"--workdir={tmp_path}"]
+    done = run_module("mmmem_jax.main", *options)  # where perception is compiled already
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[-1]["phase"] == "manager"
+    assert all(np.isfinite(value) for row in rows for k, value in row.items() if k != "phase")
+    config = ml_collections.ConfigDict(checkpoints.read_config(tmp_path))
+    reader = world_job.load_reader(tmp_path, world_job.make_models(config).reader)
+    assert np.isfinite(reader.log_temperature[...])
 
 
 @pytest.mark.parametrize("case", ["no questions", "one chunk", "no chunks", "identical frames"])
