@@ -455,6 +455,18 @@ def _make_questions(bits: Bits, facts: _Facts, config: WorldConfig) -> Questions
     return out
 
 
+def ask_once(questions: Questions) -> Questions:
+    """The same, valid only where the words and the options (in any order) are not asked before.
+
+    A family that a short stream has few questions for repeats them with the options shuffled.
+    """
+    options = np.sort(questions.options.astype(int) @ [len(WORDS), 1], axis=1)
+    asked = np.concatenate([questions.words, options, questions.valid[:, None]], axis=1)
+    first = np.zeros_like(questions.valid)
+    first[np.unique(asked, axis=0, return_index=True)[1]] = True
+    return questions._replace(valid=questions.valid & first)
+
+
 def _appearances() -> np.ndarray:
     """A fixed 4 x 4 colour patch per word, [V, 4, 4, 3] in 0.29..0.71: what a thing looks like.
 

@@ -96,14 +96,20 @@ def make_models(config: ConfigDict) -> Models:
 def make_streams(
     config: ConfigDict, split: str, size: int, *, num_chunks: int | None = None
 ) -> list[tuple[worlds.Stream, worlds.Questions]]:
-    """The first `size` streams of a split; splits never share a stream."""
+    """The first `size` streams of a split; splits never share a stream.
+
+    In the test split no question is asked twice.
+    """
     options = dict(config.world)
     if num_chunks is not None:
         options["num_chunks"] = num_chunks
     world = worlds.WorldConfig(**options)
     seed = config.seed * len(SPLITS) + SPLITS[split]
     first = FIRST_STREAM.get(split, 0)
-    return [worlds.make_stream(seed, first + i, world) for i in range(size)]
+    made = [worlds.make_stream(seed, first + i, world) for i in range(size)]
+    if split == "test":
+        made = [(stream, worlds.ask_once(questions)) for stream, questions in made]
+    return made
 
 
 def encode_streams(eye: FrameEncoder, streams, dim: int) -> EncodedStream:

@@ -293,3 +293,21 @@ class TestFrames:
             for loud in contrast:
                 contrast[loud].extend(spread[shown & (stream.loud == loud)])
         assert np.mean(contrast[True]) > 1.15 * np.mean(contrast[False])
+
+
+def test_ask_once_leaves_one_of_each_question():
+    def asked(questions):
+        return [
+            (tuple(words), tuple(sorted(map(tuple, options))))
+            for words, options, valid in zip(
+                questions.words, questions.options, questions.valid, strict=True
+            )
+            if valid
+        ]
+
+    _, questions = worlds.make_stream(0, 0, WorldConfig(num_chunks=64))
+    once = worlds.ask_once(questions)
+    assert len(asked(once)) == len(set(asked(once))) < len(asked(questions))
+    assert set(asked(once)) == set(asked(questions))
+    assert not np.any(once.valid & ~questions.valid)
+    np.testing.assert_array_equal(worlds.ask_once(once).valid, once.valid)

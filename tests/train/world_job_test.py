@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from configs import sib_grpo
+from mmmem_jax.data import worlds
 from mmmem_jax.data.encoded import QUESTION_FIELDS, EncodedStream
 from mmmem_jax.errors import UserError
 from mmmem_jax.sib import update as sib
@@ -36,6 +37,14 @@ def test_streams_are_made_the_same_again(config):
     for (a, asked), (b, asked_again) in zip(first, again, strict=False):
         np.testing.assert_array_equal(a.words, b.words)
         np.testing.assert_array_equal(asked.answer, asked_again.answer)
+
+
+def test_only_held_out_streams_ask_once(config):
+    def repeats(split):
+        made = world_job.make_streams(config, split, 4, num_chunks=64)
+        return sum(np.sum(q.valid & ~worlds.ask_once(q).valid) for _, q in made)
+
+    assert repeats("train") > repeats("test") == 0
 
 
 def test_networks_follow_from_the_seed(config):
