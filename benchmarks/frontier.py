@@ -4,12 +4,13 @@
     python benchmarks/frontier.py --workdir=RUN --full   # five points of 240 updates
 
 RUN is a finished run of configs/sib_grpo.py, whose eye and reader are used. Keys of the last line:
-points (list of beta1, tokens, accuracy, se, bound_relevance, bound_rate in nats), num_steps.
-Both rates bound I(X; trace of actions) from above, and so I(X; M). bound_rate has the prior of
-eq. 9, whose log Z is estimated from the memories of an update (bound_rate_counts: the share of them
-that count). Where about one of them counts (counts times their number is near 1), log Z cannot be
-used: the estimate is low, and so is the bound. In bound_rate_ref the prior is p_ref and nothing is
-estimated; neither prior is always the tighter one.
+points (list of beta1, tokens |m| of the episodic stream and of all levels, slots, accuracy, se,
+bound_relevance, bound_rate in nats), num_steps.
+bound_rate and bound_rate_ref bound what action traces tell of a stream, not I(X; M). The prior of
+the first is that of eq. 9, which knows how long chunks are; its log Z is estimated from the N
+memories of an update, low on average, and where bound_rate_counts (the share of them that count)
+times N is about 1 the number is no bound. The prior of the second is p_ref, nothing is estimated,
+and it is often the tighter.
 """
 
 import functools
@@ -44,7 +45,7 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
     last = [row for row in read_metrics(workdir / "metrics.jsonl") if row["phase"] == "manager"][-1]
     return (
         {"beta1": beta1}
-        | {key: entry[key] for key in ("tokens", "slots", "accuracy", "se")}
+        | {key: entry[key] for key in ("tokens", "tokens_all_levels", "slots", "accuracy", "se")}
         | {key: last[key] for key in BOUNDS}
     )
 

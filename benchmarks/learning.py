@@ -62,7 +62,7 @@ def measure(root: Path, seed: int, credits: list[str], full: bool) -> dict:
     run = world_eval.load_run(base)
     learned, _ = world_eval.load_learned(run, base, None)
     entries, _ = world_eval.compare(run, base, learned)
-    keys = ("accuracy", "se", "ece", "tokens", "slots")
+    keys = ("accuracy", "se", "ece", "tokens", "tokens_all_levels", "slots")
     found = {entry["name"]: {key: entry[key] for key in keys} for entry in entries}
     for credit in credits:
         workdir = train(root, seed, credit, full, base)
