@@ -48,8 +48,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "entropy_bonus": 0.003}
     )  # fmt: skip
     config.retrieval = ml_collections.ConfigDict(
-        {"top_k": (5, 2, 1), "rounds": (1, 2, 6), "confidence": 0.7, "epsilon": 0.03,
-         "patience": 4, "link_bonus": 0.02}
+        {"top_k": (5, 2, 1), "rounds": (1, 1, 6), "confidence": 0.7, "epsilon": 0.2,
+         "patience": 3, "link_bonus": 0.02}
     )  # fmt: skip
     config.eval = ml_collections.ConfigDict({"batch_size": 16, "slots": (8, 16, 64)})
 
