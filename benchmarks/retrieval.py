@@ -11,13 +11,15 @@ seen once reach the sensory level.
 Keys: top_down, flat (accuracies), token_ratio (top-down's over flat's), gist_stops_at_schema (gist
 and habit questions), seen_once_reaches_sensory (shares of those questions), se (standard errors).
 `difference` is top_down - flat over the same questions with its own error; whole is the accuracy
-from the whole memory.
+from the whole memory. flat_same_tokens has the accuracy of flat retrieval of as many slots as cost
+no more tokens than top-down read, their number and their tokens.
 
 The run's reader has learned from parts of memories as the search reads them, never as flat
 retrieval does. `control` has the same keys for a reader trained for both, half of the parts each
 (kept in WORKDIR/retrieval_control; about five minutes with --full).
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -85,12 +87,32 @@ def train_control(run: world_eval.Run, workdir: Path) -> Reader:
     )
 
 
+def flat_of_same_tokens(run: world_eval.Run, learned: protocol.Policy, tokens: float) -> dict:
+    """Flat retrieval of the most slots that cost at most `tokens` a question on average."""
+    retrieval, valid = world_job.retrieval_config(run.config), run.streams.question_valid
+    most = sum(k * r for k, r in zip(retrieval.top_k, retrieval.rounds, strict=True))
+    for number in range(most, 0, -1):
+        fewer = dataclasses.replace(retrieval, top_k=(1, 1, 1), rounds=(number, 0, 0))
+        records = protocol.evaluate(
+            learned, run.reader, run.streams, retrieval=fewer, batch_size=run.config.eval.batch_size
+        )
+        mean = float(records.flat_tokens_read[valid].mean())
+        if mean <= tokens or number == 1:
+            break
+    right = records.flat_log_probs.argmax(-1) == run.streams.answer
+    score = protocol.accuracy_and_error(right, valid)
+    return {"accuracy": score["accuracy"], "se": score["se"], "slots": number, "tokens": mean}
+
+
 def measure(full: bool, workdir: Path) -> dict:
     """The learned manager's memories of the test streams, searched both ways."""
     config = common.trained_config(full, workdir)
     run = world_eval.load_run(workdir, num_streams=96 if full else 4)
     learned, step = world_eval.load_learned(run, workdir, None)
-    result = compare(world_eval.evaluate(run, learned), run.streams)
+    records = world_eval.evaluate(run, learned)
+    result = compare(records, run.streams)
+    tokens = result["tokens_read"] = float(records.tokens_read[run.streams.question_valid].mean())
+    result["flat_same_tokens"] = flat_of_same_tokens(run, learned, tokens)
     run = run._replace(reader=train_control(run, workdir / "retrieval_control"))
     result["control"] = compare(world_eval.evaluate(run, learned), run.streams)
     retrieval = world_job.retrieval_config(config)

@@ -25,7 +25,7 @@ KEYS = {
     "length": {"lengths", "learned", "best_rule", "state_bytes", "ms_per_chunk"},
     "retrieval": {
         "top_down", "flat", "token_ratio", "gist_stops_at_schema", "seen_once_reaches_sensory",
-        "se", "control",
+        "se", "control", "flat_same_tokens",
     },
     "learning": {
         "learned", "best_rule", "best_rule_name", "unlimited", "trajectory_credit", "gap_closed",
