@@ -94,11 +94,6 @@ def make_config(full: bool) -> ConfigDict:
     return load_config("sib_grpo", "" if full else "smoke")
 
 
-def plain(config: ConfigDict) -> dict:
-    """A config as its JSON reads: tuples are lists."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
 def run_config(full: bool, folder: Path) -> ConfigDict:
     """The config of the run in `folder`.
 
@@ -106,19 +101,19 @@ def run_config(full: bool, folder: Path) -> ConfigDict:
       UserError: if there is none or of another job, or with `full` if its config is not the default
         one but for seed and mesh.
     """
-    config = ConfigDict(checkpoints.read_config(folder))
+    config = checkpoints.read_config(folder)
     if config.get("job") != "world":
         raise UserError(f"{folder} is no run of configs/sib_grpo.py; give another --workdir")
     if full:
-        here, default = (checkpoints.flatten(plain(c)) for c in (config, make_config(full=True)))
-        for key in sorted((here.keys() | default.keys()) - set(FREE)):
-            there, wanted = here.get(key, "unset"), default.get(key, "unset")
-            if there != wanted:
-                raise UserError(
-                    f"--full is of the default config, but {folder} has {key} = {there} in place "
-                    f"of {wanted}; give another --workdir, or leave --full out"
-                )
-    return config
+        found = checkpoints.differences(config, make_config(full=True).to_dict())
+        key = next((key for key in found if key not in FREE), None)
+        if key is not None:
+            there, wanted = found[key]
+            raise UserError(
+                f"--full is of the default config, but {folder} has {key} = {there} in place of "
+                f"{wanted}; give another --workdir, or leave --full out"
+            )
+    return ConfigDict(config)
 
 
 def copy_phases(base: Path, workdir: Path) -> None:

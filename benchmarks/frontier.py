@@ -51,7 +51,7 @@ def measure(run: world_eval.Run, base: Path, workdir: Path, beta1: float, num_st
 
 
 def sweep(full: bool, base: Path) -> dict:
-    """The points of the frontier, and of what they are."""
+    """The points of the frontier, the updates of each and the seed of RUN."""
     config = common.run_config(full, base)
     run = world_eval.load_run(base)
     num_steps = 240 if full else 2 * config.manager.log_every

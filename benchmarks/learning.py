@@ -24,7 +24,7 @@ from benchmarks import common
 from mmmem_jax import provenance
 from mmmem_jax.evals import protocol, table, world_eval
 from mmmem_jax.sib.rollout import CREDITS
-from mmmem_jax.train import world_job
+from mmmem_jax.train import checkpoints, world_job
 
 SEEDS = [0, 1, 2]  # of the committed result
 
@@ -54,7 +54,7 @@ def measure(root: Path, seed: int, credits: list[str], full: bool) -> dict:
     anew where config or versions are others than those of what is kept.
     """
     kept = root / f"seed{seed}" / f"measured_{'_'.join(credits)}.json"
-    config = common.plain(make_config(seed, "step", full))
+    config = checkpoints.plain(make_config(seed, "step", full).to_dict())
     made_by = {"config": config, "versions": provenance.versions()}
     if kept.exists() and (old := json.loads(kept.read_text())).items() >= made_by.items():
         return old["found"]

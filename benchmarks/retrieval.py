@@ -77,21 +77,16 @@ def train_control(run: world_eval.Run, workdir: Path) -> Reader:
     config.reader.flat_share = FLAT_SHARE
     checkpoints.claim_workdir(workdir, config.to_dict())
     train, held_out = (
-        world_job.encode_streams(
-            run.eye, world_job.make_streams(config, split, config.streams[split]), config.dim
-        )
-        for split in ("train", "validation")
+        world_job.perceived(config, run.eye, split) for split in ("train", "validation")
     )
-    return world_job.train_reader(
-        config, workdir, world_job.make_models(config).reader, train, held_out
-    )
+    reader = world_job.make_models(config).reader
+    return world_job.train_reader(config, workdir, reader, train, held_out)
 
 
 def flat_of_same_tokens(run: world_eval.Run, learned: protocol.Policy, tokens: float) -> dict:
     """Flat retrieval of the most slots that cost at most `tokens` a question on average."""
     retrieval, valid = world_job.retrieval_config(run.config), run.streams.question_valid
-    most = sum(k * r for k, r in zip(retrieval.top_k, retrieval.rounds, strict=True))
-    for number in range(most, 0, -1):
+    for number in range(retrieval.max_slots, 0, -1):
         fewer = dataclasses.replace(retrieval, top_k=(1, 1, 1), rounds=(number, 0, 0))
         records = protocol.evaluate(
             learned, run.reader, run.streams, retrieval=fewer, batch_size=run.config.eval.batch_size

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import checkpoints
-from mmmem_jax.train.metrics import read_metrics
+from mmmem_jax.train.metrics import read_metrics, rewrite
 
 LOG = logging.getLogger("mmmem_jax")
 
@@ -37,13 +37,6 @@ def wait_until(
         waited += poll_seconds
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Rewrites the readable rows: readers would stop at a line that a kill cut short."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path)))
-    partial.replace(path)
-
-
 def follow(
     workdir: Path,
     num_steps: int,
@@ -68,7 +61,7 @@ def follow(
     """
     folder, curve = workdir / "checkpoints" / "manager", workdir / "eval" / "curve.jsonl"
     curve.parent.mkdir(exist_ok=True)
-    _drop_cut_line(curve)
+    rewrite(curve, read_metrics(curve))  # readers would stop at a line that a kill cut short
     seen = -1
 
     def newest_step() -> int:

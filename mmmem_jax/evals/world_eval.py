@@ -71,8 +71,8 @@ def tuned_rules(run: Run, workdir: Path, num_slots: int | None = None) -> list[r
     if path.exists():
         constants = json.loads(path.read_text())
     else:
-        made = world_job.make_streams(run.config, "train", min(16, run.config.streams.train))
-        train = world_job.encode_streams(run.eye, made, run.config.dim)
+        few = min(16, run.config.streams.train)
+        train = world_job.perceived(run.config, run.eye, "train", few)
 
         def score(rule):
             records = evaluate(run, protocol.rule_policy(rule, config), streams=train)

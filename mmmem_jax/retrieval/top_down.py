@@ -44,6 +44,11 @@ class RetrievalConfig:
         """Level read at each of the S steps."""
         return tuple(level for level in range(3) for _ in range(self.rounds[level]))
 
+    @property
+    def max_slots(self) -> int:
+        """Slots that a search to its last step reads at most."""
+        return sum(k * r for k, r in zip(self.top_k, self.rounds, strict=True))
+
 
 @struct.dataclass
 class RetrievalOutput:
@@ -208,7 +213,6 @@ def flat(
 
     Returns log-probabilities [Q, O], the evidence mask [Q, N] and the tokens read [Q].
     """
-    budget = sum(k * r for k, r in zip(config.top_k, config.rounds, strict=True))
-    evidence = best_slots(state, query, options, budget)
+    evidence = best_slots(state, query, options, config.max_slots)
     tokens = jnp.sum(jnp.where(evidence, ev.slot_tokens(state, config.visual_tokens), 0), -1)
     return jax.nn.log_softmax(answer_fn(evidence)), evidence, tokens

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mmmem_jax import provenance
 from mmmem_jax.errors import UserError
 
 Json = dict
@@ -94,6 +95,18 @@ def flatten(config: Json, prefix: str = "") -> dict[str, object]:
     return out
 
 
+def plain(config: Json) -> Json:
+    """A config as its JSON reads: tuples are lists."""
+    return json.loads(json.dumps(config))
+
+
+def differences(old: Json, new: Json) -> dict[str, tuple]:
+    """{key: (its value in `old`, its value in `new`)} where two configs differ, keys in order."""
+    a, b = flatten(plain(old)), flatten(plain(new))
+    pairs = {key: (a.get(key, "unset"), b.get(key, "unset")) for key in sorted(a.keys() | b.keys())}
+    return {key: (x, y) for key, (x, y) in pairs.items() if x != y}
+
+
 def check_workdir(workdir: Path, config: Json) -> None:
     """Refuses a workdir that was made by another config; a new one is fine, and stays unmade.
 
@@ -102,14 +115,9 @@ def check_workdir(workdir: Path, config: Json) -> None:
     """
     if not (workdir / "config.json").exists():
         return
-    # Through JSON, so that tuples are lists on both sides.
-    old, new = flatten(read_config(workdir)), flatten(json.loads(json.dumps(config)))
-    different = [
-        f"{key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset")
-    ]
-    if different:
+    found = differences(read_config(workdir), config)
+    if found:
+        different = [f"{key}: {there} there, {here} here" for key, (there, here) in found.items()]
         raise UserError(
             f"{workdir} belongs to another config ({'; '.join(different)}); "
             "take the same config or another --workdir"
@@ -125,10 +133,7 @@ def claim_workdir(workdir: Path, config: Json) -> None:
     check_workdir(workdir, config)
     path = workdir / "config.json"
     if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(config, indent=2))
-        partial.replace(path)
+        provenance.write_json(path, config)
 
 
 def read_config(workdir: Path) -> Json:

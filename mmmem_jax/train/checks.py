@@ -37,8 +37,7 @@ def at_least(config: ConfigDict, minimum: int, *keys: str) -> None:
 def one_of(key: str, value: object, known: Collection) -> None:
     """Raises UserError unless the value is known."""
     if value not in known:
-        names = ", ".join(map(str, known))
-        raise UserError(f"config.{key} is {value!r}; it must be one of {names}")
+        raise UserError(f"config.{key} is {value!r}; it must be {' or '.join(map(str, known))}")
 
 
 def check_phase(config: ConfigDict, phase: str) -> None:

@@ -31,6 +31,13 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def rewrite(path: Path, rows: list[dict]) -> None:
+    """Replaces a JSONL file by these rows, at once or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
 class MetricsWriter:
     """Writes the rows of one phase; rows past the step it resumes from are dropped first.
 
@@ -41,9 +48,7 @@ class MetricsWriter:
         self._phase = phase
         path = workdir / "metrics.jsonl"
         rows = [r for r in read_metrics(path) if r["phase"] != phase or r["step"] <= first_step]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        partial.replace(path)
+        rewrite(path, rows)
         self._file = path.open("a")
         # A folder each: TensorBoard hides what a folder has from the purge step on, of any phase.
         folder = workdir / "tensorboard" / phase

@@ -83,12 +83,13 @@ def make_loss_fn(
     retrieval would, and the rest what the search has read after some step.
     """
     num_steps = len(retrieval.step_levels)
-    most = sum(k * r for k, r in zip(retrieval.top_k, retrieval.rounds, strict=True))
 
     def draw_flat(rng_key, whole):
         keys = jax.random.split(rng_key)
         chosen = jax.random.bernoulli(keys[0], flat_share, whole.shape) & ~whole
-        return jnp.where(chosen, jax.random.randint(keys[1], whole.shape, 1, most + 1), 0)
+        return jnp.where(
+            chosen, jax.random.randint(keys[1], whole.shape, 1, retrieval.max_slots + 1), 0
+        )
 
     def log_likelihood(params, rng_key, states, questions: QuestionBatch):
         model = nnx.merge(graphdef, params)

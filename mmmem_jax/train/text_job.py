@@ -36,8 +36,6 @@ from mmmem_jax.train.world_job import manager_optimizer
 
 LOG = logging.getLogger("mmmem_jax")
 TEMPERATURES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
-
-
 READERS = {
     "egolife": text_streams.read_egolife_parts,
     "timed_text": text_streams.read_timed_text_parts,
@@ -53,12 +51,8 @@ def check_config(config: ConfigDict) -> None:
     """
     if not config.data_dir:
         raise UserError("config.data_dir is empty; give --config.data_dir=FOLDER")
-    for key, value, known in (
-        ("source", config.source, READERS),
-        ("questions", training_questions(config), QUESTIONS),
-    ):
-        if value not in known:
-            raise UserError(f"config.{key} is {value!r}; it must be {' or '.join(known)}")
+    checks.one_of("source", config.source, READERS)
+    checks.one_of("questions", training_questions(config), QUESTIONS)
     for key in ("shares", "splits"):
         if not config.eval[key]:
             raise UserError(f"config.eval.{key} is empty; name one at least")

@@ -117,6 +117,15 @@ def encode_streams(eye: FrameEncoder, streams, dim: int) -> EncodedStream:
     return encoded.stack([perception.perceive(eye, *s, dim) for s in streams])
 
 
+def perceived(
+    config: ConfigDict, eye: FrameEncoder, split: str, size: int | None = None
+) -> EncodedStream:
+    """The first `size` streams of a split, all of the config's by default, as `eye` sees them."""
+    return encode_streams(
+        eye, make_streams(config, split, size or config.streams[split]), config.dim
+    )
+
+
 def _phase_key(config: ConfigDict, phase: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), PHASES.index(phase))
 
@@ -305,10 +314,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     checkpoints.claim_workdir(workdir, config.to_dict())
     models = make_models(config)
     eye = train_eye(config, workdir, models.eye)
-    train = encode_streams(eye, make_streams(config, "train", config.streams.train), config.dim)
-    held_out = encode_streams(
-        eye, make_streams(config, "validation", config.streams.validation), config.dim
-    )
+    train, held_out = (perceived(config, eye, split) for split in ("train", "validation"))
     reader = train_reader(config, workdir, models.reader, train, held_out)
     train_manager(config, workdir, models.manager, reader, train)
     LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

@@ -17,7 +17,7 @@ from mmmem_jax import provenance
 from mmmem_jax.evals import protocol, world_eval
 from mmmem_jax.evals.protocol import Records
 from mmmem_jax.policies import rules
-from mmmem_jax.train import world_job
+from mmmem_jax.train import checkpoints, world_job
 from tests.conftest import REPO
 
 KEYS = {
@@ -158,7 +158,7 @@ class TestLearning:
         return path
 
     def test_goes_on_from_what_it_kept(self, kept):
-        config = common.plain(learning.make_config(0, "step", full=True))
+        config = checkpoints.plain(learning.make_config(0, "step", full=True).to_dict())
         old = {"config": config, "versions": provenance.versions(), "found": {"learned": entry(1)}}
         kept.write_text(json.dumps(old))
         root = kept.parent.parent
@@ -169,7 +169,7 @@ class TestLearning:
             learning.measure(root, 0, ["trajectory"], full=True)
 
     def test_a_toy_is_no_full_result(self, kept):
-        toy = common.plain(learning.make_config(0, "step", full=False))
+        toy = checkpoints.plain(learning.make_config(0, "step", full=False).to_dict())
         found = {"learned": entry(1)}
         for old in (
             {"config": toy, "versions": provenance.versions(), "found": found},
