@@ -115,6 +115,7 @@ def scan(
             logits=decision.logits,
             action=decision.action,
             log_prob=decision.log_prob,
+            strength=decision.strength,
             context=decision.context,
             node_id=done.node_id,
             tokens_added=done.tokens_added,

@@ -158,6 +158,7 @@ class StepOutput:
     logits: jax.Array  # [3]
     action: jax.Array  # [] int32 as decided
     log_prob: jax.Array  # []
+    strength: jax.Array  # []
     context: jax.Array  # [F]
     node_id: jax.Array  # [] int32, episode that took the item, -1 if none did
     tokens_added: jax.Array  # [] int32, tokens the episodic stream took
