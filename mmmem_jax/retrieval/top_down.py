@@ -103,9 +103,15 @@ def search(
       entered: int32 [Q, N], step at which each slot becomes evidence, S where it never does.
       retrieval_entropy: float32 [Q, 3] in nats, over the valid slots of each level.
     """
+    return order(state, ev.slot_similarity(state, query, options), config)
+
+
+def order(
+    state: MemoryState, scores: Float[Array, "Q N"], config: RetrievalConfig
+) -> tuple[jax.Array, jax.Array]:
+    """What `search` returns, for any score of the slots; what hangs under evidence is lifted."""
     n1, n2 = state.sensory.valid.shape[0], state.episodic.valid.shape[0]
     valid, level = ev.slot_valid(state), ev.slot_levels(state)
-    scores = ev.slot_similarity(state, query, options)
     grounding, holds = ev.links(state)
     num_steps = len(config.step_levels)
     entered = jnp.full(scores.shape, num_steps, jnp.int32)
@@ -167,7 +173,29 @@ def top_down(
       answer_fn: option logits [Q, O] from an evidence mask bool [Q, N].
       config: what is read at each step, and when to stop.
     """
-    entered, retrieval_entropy = search(state, query, options, config)
+    found = search(state, query, options, config)
+    gamma = confidence_to_gamma(config.confidence, options.shape[1])
+    return drill_down(state, found, answer_fn=answer_fn, gamma=gamma, config=config)
+
+
+def drill_down(
+    state: MemoryState,
+    found: tuple[Int[Array, "Q N"], Float[Array, "Q 3"]],
+    *,
+    answer_fn: AnswerFn,
+    gamma: Float[Array, "Q"] | float,
+    config: RetrievalConfig,
+) -> RetrievalOutput:
+    """Answers after each step and stops once the entropy is `gamma` nats or less, or stalls.
+
+    Args:
+      state: the memory, without batch axes.
+      found: `entered` and `retrieval_entropy` as `search` or `order` give them.
+      answer_fn: option logits [Q, O] from an evidence mask bool [Q, N].
+      gamma: answer entropy at which the search stops, nats.
+      config: what is read at each step, and when a stall ends the search.
+    """
+    entered, retrieval_entropy = found
     levels = jnp.array(config.step_levels)
 
     def answer(step):
@@ -175,7 +203,6 @@ def top_down(
 
     log_probs = jax.lax.map(answer, jnp.arange(len(levels))).swapaxes(0, 1)  # [Q, S, O]
     answer_entropy = entropy(log_probs)
-    gamma = confidence_to_gamma(config.confidence, options.shape[1])
     stop = _stop_step(answer_entropy, entered, gamma, config)
     tokens = ev.slot_tokens(state, config.visual_tokens)
     return RetrievalOutput(
