@@ -1,0 +1,64 @@
+"""What lives on disk: one folder per video (traces, state, key frames) and the questions asked.
+
+with store.open_store("memory", "holiday", writable=True) as video:
+    state = store.load_state(video)
+    item = store.rounded(item)  # what is on disk is what the memory read
+    state = store.advance(state, item, action, strength)
+    store.append(video, record, state)
+    store.finish(video, state)
+"""
+
+from mmmem_jax.store.arrays import rounded
+from mmmem_jax.store.layout import list_videos, video_id_of
+from mmmem_jax.store.questions import append_question, read_questions
+from mmmem_jax.store.replay import advance, node_of
+from mmmem_jax.store.traces import ClipRecord
+from mmmem_jax.store.video_store import (
+    SNAPSHOT_EVERY,
+    Counts,
+    Entity,
+    Progress,
+    VideoStore,
+    append,
+    counts,
+    create,
+    entities,
+    finish,
+    load_state,
+    node_clips,
+    open_store,
+    progress,
+    prune,
+    read_clips,
+    read_frame,
+    state_at,
+)
+
+__all__ = (
+    "SNAPSHOT_EVERY",
+    "ClipRecord",
+    "Counts",
+    "Entity",
+    "Progress",
+    "VideoStore",
+    "advance",
+    "append",
+    "append_question",
+    "counts",
+    "create",
+    "entities",
+    "finish",
+    "list_videos",
+    "load_state",
+    "node_clips",
+    "node_of",
+    "open_store",
+    "progress",
+    "prune",
+    "read_clips",
+    "read_frame",
+    "read_questions",
+    "rounded",
+    "state_at",
+    "video_id_of",
+)
