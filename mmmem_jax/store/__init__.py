@@ -11,28 +11,23 @@ with store.open_store("memory", "holiday", writable=True) as video:
 from mmmem_jax.store.arrays import rounded
 from mmmem_jax.store.layout import list_videos, video_id_of
 from mmmem_jax.store.questions import append_question, read_questions
-from mmmem_jax.store.replay import advance, node_of
-from mmmem_jax.store.traces import ClipRecord
-from mmmem_jax.store.video_store import (
-    SNAPSHOT_EVERY,
+from mmmem_jax.store.reading import (
     Counts,
     Entity,
     Progress,
-    VideoStore,
-    append,
     counts,
-    create,
     entities,
-    finish,
     load_state,
     node_clips,
-    open_store,
     progress,
-    prune,
     read_clips,
     read_frame,
     state_at,
 )
+from mmmem_jax.store.replay import advance, node_of
+from mmmem_jax.store.traces import ClipRecord
+from mmmem_jax.store.video_store import VideoStore, create, open_store
+from mmmem_jax.store.writing import SNAPSHOT_EVERY, append, finish, prune
 
 __all__ = (
     "SNAPSHOT_EVERY",

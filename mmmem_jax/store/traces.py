@@ -32,7 +32,7 @@ CREATE TABLE clips (
   clip INTEGER PRIMARY KEY, start REAL, stop REAL, action INTEGER, strength REAL, node INTEGER,
   caption TEXT, subtitles TEXT, labels TEXT, frames TEXT, item BLOB, crc INTEGER
 );
-CREATE INDEX clips_of_node ON clips (node) WHERE item IS NOT NULL;
+CREATE INDEX clips_of_node ON clips (node, (item IS NOT NULL));
 CREATE TABLE mentions (
   slot INTEGER, opened INTEGER, clip INTEGER, name TEXT, count INTEGER, crc INTEGER,
   PRIMARY KEY (slot, opened, clip, name)
@@ -84,6 +84,8 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
       UserError: if the file is missing, damaged, of another version or of another program.
     """
     options = "mode=rw" if writable else "mode=ro"
+    for suffix in ("-wal", "-shm", "-journal"):
+        layout.join(path.parent, path.name + suffix)
     wal = path.with_name(path.name + "-wal")
     if not writable and not os.access(path.parent, os.W_OK) and not _size(wal):
         options += "&immutable=1"  # nobody writes here, and SQLite cannot make its own files
@@ -125,6 +127,10 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     found = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
         raise damaged(path, found.splitlines()[-1])
+    with transaction(database, write=False):
+        counted = database.execute("SELECT count(*), max(clip) + 1 FROM clips").fetchone()
+        if counted != (get(database, "clips"), counted[0] or None):
+            raise damaged(path, "clips are missing")
     database.execute("PRAGMA synchronous = FULL")
 
 
@@ -138,6 +144,8 @@ def guard(path: Path) -> Iterator[None]:
     """Turns what SQLite says of a file into one line for the user."""
     try:
         yield
+    except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
+        raise  # the caller's mistake, not the file's
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
@@ -201,12 +209,24 @@ def rows(database: sqlite3.Connection, where: str, values: tuple = ()) -> list[R
     return [Row(*row) for *row, _ in found]
 
 
-def spans(database: sqlite3.Connection) -> list[tuple[int, float]]:
-    """(index, end in seconds) of every clip; a table with gaps raises sqlite3.DatabaseError."""
-    found = database.execute("SELECT clip, stop FROM clips ORDER BY clip").fetchall()
-    if [clip for clip, _ in found] != list(range(get(database, "clips"))):
-        raise sqlite3.DatabaseError("clips are missing")
-    return found
+def ended(database: sqlite3.Connection, time: float) -> tuple[int, float]:
+    """How many clips end by `time`, and the end of the last of them (0 if none does)."""
+    low, high = 0, get(database, "clips")
+    while low < high:
+        middle = (low + high) // 2
+        if stop_of(database, middle) <= time:
+            low = middle + 1
+        else:
+            high = middle
+    return low, stop_of(database, low - 1) if low else 0.0
+
+
+def stop_of(database: sqlite3.Connection, clip: int) -> float:
+    """End of one clip, in seconds."""
+    found = rows(database, "clip = ?", (clip,))
+    if not found:
+        raise sqlite3.DatabaseError(f"clip {clip} is missing")
+    return found[0].stop
 
 
 class Mention(NamedTuple):
@@ -235,21 +255,19 @@ def insert_mentions(database: sqlite3.Connection, found: Iterable[Mention]) -> N
     )
 
 
-def fold_mentions(database: sqlite3.Connection, clips: Iterable[int]) -> None:
-    """Sums up what pruned clips mentioned, one row an entity and name; dead entities go."""
-    clips = json.dumps(sorted(clips))
-    chosen = "clip IN (SELECT value FROM json_each(?))"
+def fold_mentions(database: sqlite3.Connection) -> None:
+    """Sums up what clips no longer held mentioned, one row an entity and name; dead ones go."""
+    chosen = "clip NOT IN (SELECT clip FROM clips WHERE item IS NOT NULL)"
     live = dict(database.execute("SELECT slot, max(opened) FROM mentions GROUP BY slot"))
     sums, last = Counter(), {}
-    for m in mentions(database, chosen, (clips,)):
+    for m in mentions(database, chosen):
         if m.opened == live[m.slot]:
             key = (m.slot, m.opened, m.name)
             sums[key] += m.count
             last[key] = max(m.clip, last.get(key, 0))
-    database.execute(f"DELETE FROM mentions WHERE {chosen}", (clips,))
-    insert_mentions(
-        database, (Mention(s, o, last[s, o, n], n, count) for (s, o, n), count in sums.items())
-    )
+    database.execute(f"DELETE FROM mentions WHERE {chosen}")
+    folded = (Mention(s, o, last[s, o, n], n, count) for (s, o, n), count in sums.items())
+    insert_mentions(database, folded)
 
 
 def record_of(row: Row, entities: tuple, folder: Path, dim: int) -> ClipRecord:
