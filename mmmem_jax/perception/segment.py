@@ -1,0 +1,93 @@
+"""A stream of frames and captions cut into clips: at scene changes, and where they get long.
+
+Scene changes are PySceneDetect's (`ContentDetector`, the mean change of hue, saturation and
+luminance), with the threshold of MM-Mem's released settings (20-27).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scenedetect import ContentDetector, FrameTimecode
+
+from mmmem_jax.perception.decode import Frame
+from mmmem_jax.perception.subtitles import Cue, overlapping
+
+_MIN_SECONDS = 1.0  # a scene that is shorter stays with what follows it
+_STEP = 2  # every second pixel each way is enough to see a cut
+_EPSILON = 1e-6  # seconds: rounding of times
+
+
+class Clip(NamedTuple):
+    """Frames of one scene: span [t0, t1) in seconds; the cues that overlap it."""
+
+    index: int
+    span: tuple[float, float]
+    frames: tuple[Frame, ...]
+    cues: tuple[Cue, ...]
+
+
+def clips(
+    stream: Iterable[Frame | Cue],
+    cues: Iterable[Cue] = (),
+    *,
+    max_seconds: float = 10.0,
+    threshold: float = 27.0,
+    fps: float = 5.0,
+    first_index: int = 0,
+) -> Iterator[Clip]:
+    """Cuts `stream` into clips, each yielded once the first frame after it is seen.
+
+    A clip ends at a scene change, unless it is under one second long, or after `max_seconds`. Its
+    span ends where the next one starts, after `max_seconds` if that is sooner, and 1/fps after its
+    last frame if it is the last. A clip depends on nothing before it: a stream that starts at
+    a clip's end gives the same clips as one that goes through it.
+
+    Args:
+      stream: frames by rising time, captions among them, as from `decode.read`.
+      cues: more captions, as from `read_subtitles`. A cue goes with every clip that it overlaps.
+      threshold: change of a frame, in levels of 255, that is a scene change.
+      fps: the frame rate `stream` was read with.
+      first_index: of the first clip.
+    """
+    later = deque(sorted(cues))
+    shown: list[Cue] = []
+    frames: list[Frame] = []
+
+    def finish(end: float) -> Clip:
+        nonlocal shown
+        span = (frames[0].time, min(end, frames[0].time + max_seconds))
+        while later and later[0].t0 < span[1]:
+            shown.append(later.popleft())
+        shown = sorted(cue for cue in shown if cue.t1 > span[0])
+        return Clip(index, span, tuple(frames), overlapping(shown, span))
+
+    index = first_index
+    for item in stream:
+        if isinstance(item, Cue):
+            shown.append(item)
+            continue
+        if not frames:
+            detector = _detector(threshold)
+        long = item.time - frames[0].time if frames else 0.0
+        cut = _is_cut(detector, item, fps)
+        if long >= max_seconds - _EPSILON or (cut and long >= _MIN_SECONDS - _EPSILON):
+            yield finish(item.time)
+            index += 1
+            frames = []
+            detector = _detector(threshold)
+            _is_cut(detector, item, fps)
+        frames.append(item)
+    if frames:
+        yield finish(frames[-1].time + 1 / fps)
+
+
+def _detector(threshold: float) -> ContentDetector:
+    return ContentDetector(threshold=threshold, min_scene_len=0)
+
+
+def _is_cut(detector: ContentDetector, frame: Frame, fps: float) -> bool:
+    """Whether the scene changes with `frame`, the next one the detector is shown."""
+    bgr = np.ascontiguousarray(frame.image[::_STEP, ::_STEP, ::-1])
+    return bool(detector.process_frame(FrameTimecode(frame.time, fps), bgr))
