@@ -123,7 +123,9 @@ def read(
                     yield Frame(time, _upright(item, shape, reformatter))
         if time is None:
             raise _nothing_decoded(source)
-        damage.warn(source, time, _duration(container, stream))
+        # Some formats count the duration from zero, not from the first frame.
+        first = float((stream.start_time or 0) * stream.time_base)
+        damage.warn(source, time, (_duration(container, stream) or 0.0) - max(0.0, first))
 
 
 class _Damage:
@@ -134,8 +136,8 @@ class _Damage:
         self.misplaced = 0  # frames at impossible times
         self.stopped = ""  # why reading ended before the end
 
-    def warn(self, source: str, end: float, duration: float | None) -> None:
-        """Logs one warning, if anything was lost; `end` is the last frame's time in seconds."""
+    def warn(self, source: str, end: float, duration: float) -> None:
+        """Logs one warning, if anything was lost; the last frame was at `end` seconds."""
         told = []
         if self.packets:
             told.append(f"{self.packets} damaged packets or pictures were skipped")
@@ -143,7 +145,7 @@ class _Damage:
             told.append(f"{self.misplaced} frames with impossible times were skipped")
         if self.stopped:
             told.append(f"reading stopped at {end:.1f} s ({self.stopped})")
-        elif duration is not None and end < duration - max(2.0, 0.02 * duration):
+        elif end < duration - max(2.0, 0.02 * duration):
             told.append(f"its pictures end at {end:.1f} s of {duration:.1f} s; is it cut short?")
         if told:
             _log.warning("%s: %s", source, "; ".join(told))
@@ -236,7 +238,8 @@ def _open_at(
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, target: float) -> bool:
     """Whether the next packet is a key frame to be shown at or before `target` seconds.
 
-    Files are indexed by decoding time, or not at all, so what a seek finds is looked at.
+    Files are indexed by decoding time, or not at all, so what a seek finds is looked at. Without
+    a time to show it at, nobody can tell what comes before a key frame.
     """
     if stream.start_time is None or stream.time_base is None:
         return False
@@ -245,8 +248,9 @@ def _seek(container: av.container.InputContainer, stream: av.VideoStream, target
         try:
             container.seek(offset, stream=stream)
             packet = next(container.demux(stream))
-            time = _Clock(stream).of(packet)
-            if packet.is_keyframe and time is not None and time <= target + _EPSILON:
+            if packet.pts is None:
+                return False
+            if packet.is_keyframe and _Clock(stream).of(packet) <= target + _EPSILON:
                 container.seek(offset, stream=stream)
                 return True
         except (av.FFmpegError, StopIteration, OverflowError):
@@ -289,6 +293,9 @@ def _demuxed(
     """The packets of `streams`, and an empty one of each at the end, which flushes its decoder."""
     try:
         yield from container.demux(streams)
+    except IndexError:
+        # PyAV (18.1) trips over streams that only appeared on the way, which it flushes last.
+        pass
     except av.FFmpegError as error:
         damage.stopped = _reason(error)
         flush = av.Packet()
@@ -302,10 +309,10 @@ def _with_need(
     """Pairs each packet with whether `read` may yield its frame: is any before it in its tick?"""
     first: dict[int, float] = {}
     for packet in packets:
-        time = clock.of(packet) if packet.stream is stream else None
-        if time is None:
+        if packet.stream is not stream or packet.pts is None:
             yield packet, True
             continue
+        time = clock.of(packet)
         tick = _tick(time, fps)
         first[tick] = min(first.get(tick, time), time)
         if len(first) > 64:  # far more than are reordered

@@ -1,4 +1,4 @@
-"""Small synthetic videos: a square that moves over a plain ground, with hard cuts between scenes."""
+"""Small synthetic videos: a square moves over a plain ground, with hard cuts between scenes."""
 
 import io
 from collections.abc import Sequence
