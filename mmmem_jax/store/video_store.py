@@ -18,7 +18,7 @@ FORMAT = "mmmem"
 SNAPSHOT_NAME = re.compile(r"state-\d{6,}\.safetensors")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VideoStore:
     """An open video; close it, or use it in a `with`. Threads take turns."""
 
@@ -103,7 +103,7 @@ def _fill(folder: Path, header: str) -> None:
     """The files of a video without clips."""
     for path in folder.iterdir():  # what a kill left
         if path.name != layout.LOCK:
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / layout.FRAMES).mkdir()
     meta = {"header": header, "clips": 0, "finished": 0, "frames_dropped": 0, "snapshot": "null"}
     traces.make(folder / layout.DATABASE, meta)
