@@ -124,9 +124,13 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
         raise UserError(
             f"{path} is of version {version}, this program reads {VERSION}; build again"
         )
+    with contextlib.closing(sqlite3.connect(":memory:")) as blank:
+        blank.executescript(_SCHEMA)
+        if _tables(database) != _tables(blank):
+            raise damaged(path, "other tables than those of its version")
     found = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
-        raise damaged(path, found.splitlines()[-1])
+        raise damaged(path, found)
     with transaction(database, write=False):
         counted = database.execute("SELECT count(*), max(clip) + 1 FROM clips").fetchone()
         if counted != (get(database, "clips"), counted[0] or None):
@@ -134,8 +138,15 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     database.execute("PRAGMA synchronous = FULL")
 
 
+def _tables(database: sqlite3.Connection) -> list[tuple]:
+    """What makes the tables, their indices, and no triggers or views besides."""
+    query = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+    return sorted(database.execute(query))
+
+
 def damaged(path: Path, why: object) -> UserError:
     """What to tell of a database that holds what was never written."""
+    why = " ".join(str(why).split())
     return UserError(f"{path} is damaged ({why}); delete {path.parent} and build the video again")
 
 
@@ -157,6 +168,8 @@ def guard(path: Path) -> Iterator[None]:
         if not path.exists():
             raise UserError(f"{path} is missing; delete {path.parent} and build again") from None
         raise damaged(path, error) from None
+    except UnicodeDecodeError:  # SQLite names what it found, as it found it
+        raise damaged(path, "its text is no UTF-8") from None
 
 
 @contextlib.contextmanager

@@ -186,7 +186,9 @@ class TestHostileFolders:
     @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "x.jpg", "\0"])
     def test_frame_outside_the_folder(self, name, copy):
         database = sqlite3.connect(copy / "toy/memory.sqlite", isolation_level=None)
-        (row,) = traces.rows(database, "item IS NOT NULL AND clip >= 64 LIMIT 1")
+        (row,) = traces.rows(
+            database, "clip = (SELECT max(clip) FROM clips WHERE item IS NOT NULL)"
+        )
         frames = json.dumps([[0.0, name, 0]])
         traces.insert(database, row._replace(frames=frames))
         database.close()
@@ -349,6 +351,14 @@ def test_crash_between_any_two_writes(copy, tmp_path, monkeypatch):
     assert set(found) == {127, 128}
 
 
+def _outcome(folder):
+    """What a memory gives, or the line that the user is told."""
+    try:
+        return read_all(folder)
+    except UserError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_damage_is_told_or_does_not_matter(seed, whole, tmp_path):
     """Random bytes of each file changed, cut off or doubled: an error, or the memory as it was."""
@@ -367,11 +377,9 @@ def test_random_damage_is_told_or_does_not_matter(seed, whole, tmp_path):
         if rng.random() < 0.1:
             data = data[: rng.randrange(len(data))]
         path.write_bytes(data)
-        try:
-            assert read_all(target) == expected
-        except UserError as error:
-            told += 1
-            assert "\n" not in str(error)
+        found = _outcome(target)
+        assert found == expected or (isinstance(found, str) and "\n" not in found)
+        told += isinstance(found, str)
         shutil.rmtree(target)
     assert told >= 8
 

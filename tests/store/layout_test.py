@@ -1,5 +1,6 @@
 """Names of videos and paths inside a memory folder."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -52,14 +53,8 @@ def test_paths_that_leave_the_folder(name, tmp_path):
 @given(st.text())
 def test_joined_paths_lie_inside(name):
     folder = Path("/nowhere/memory")
-    try:
-        path = layout.join(folder, name)
-    except UserError:
-        return
-    except OSError as error:  # a name too long for any file
-        assert "too long" in str(error)
-        return
-    assert path.resolve().is_relative_to(folder)
+    with contextlib.suppress(UserError):
+        assert layout.join(folder, name).resolve().is_relative_to(folder)
 
 
 def test_only_videos_are_listed(tmp_path):
