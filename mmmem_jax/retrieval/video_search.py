@@ -37,6 +37,7 @@ class Calibration:
     temperature: float = 1.0  # of the answer over moments or options
 
 
+CALIBRATION = Calibration()
 # Levels are read as in training (5 / 2 / 1 a step); scores are counted in standard deviations, and
 # so are the temperature of the retrieval entropy and the bonus for what hangs under evidence.
 RETRIEVAL = RetrievalConfig(rounds=(1, 4, 5), temperature=1.0, link_bonus=0.5)
@@ -52,6 +53,7 @@ class VideoSearch:
     """
 
     output: RetrievalOutput  # Q is 1, O is C; log_probs are those of the candidates
+    gamma: jax.Array  # [] answer entropy at which it may stop, nats
     scores: jax.Array  # [N] of the slots, for the question or the option chosen; LOWEST if invalid
     tokens: jax.Array  # [N] int32, to read each slot
     moments: jax.Array  # [M] int32, best first, slots of episodes and of items without episode
@@ -125,13 +127,14 @@ def _moments(state: MemoryState, scores: Float[Array, "N"], entities_read: int, 
     return score, jnp.concatenate([jnp.where(orphan, jnp.arange(n1), -1), best_held])
 
 
-def _answered(state, output, scores, moment_fn, best_item, config) -> VideoSearch:
+def _answered(state, output, gamma, scores, moment_fn, best_item, config) -> VideoSearch:
     """The search with the best moments of the evidence read."""
     read = output.entered[0] <= output.stop_step[0]
     found, moments = jax.lax.top_k(moment_fn(read), _number_of_moments(state, config))
     items = jnp.where(found > LOWEST, best_item[moments], -1)
     return VideoSearch(
         output=output,
+        gamma=gamma,
         scores=scores,
         tokens=ev.slot_tokens(state, config.visual_tokens),
         moments=jnp.where(found > LOWEST, moments, -1),
@@ -156,7 +159,7 @@ def search_moments(
     state: MemoryState,
     question: Float[Array, "D"],
     *,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = CALIBRATION,
     config: RetrievalConfig = RETRIEVAL,
 ) -> VideoSearch:
     """Searches for the moments that an open question is about (eq. 12, 13 over moments).
@@ -185,7 +188,7 @@ def search_moments(
 
     gamma = jnp.asarray(gammas(config.confidence, count))[is_there.sum()]
     output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gamma, config=config)
-    return _answered(state, output, scores[0], moment_fn, best_item, config)
+    return _answered(state, output, gamma, scores[0], moment_fn, best_item, config)
 
 
 @partial(jax.jit, static_argnames=("calibration", "config"))
@@ -194,7 +197,7 @@ def search_options(
     wanted: Float[Array, "O D"],
     is_option: Bool[Array, "O"],
     *,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = CALIBRATION,
     config: RetrievalConfig = RETRIEVAL,
 ) -> VideoSearch:
     """Searches for what tells the options of a question apart.
@@ -222,4 +225,4 @@ def search_options(
     scores = by_option[jnp.argmax(output.log_probs[0])]
     entities_read = _entities_read(state, config)
     moment_fn, best_item = _moments(state, scores, entities_read, calibration.lift)
-    return _answered(state, output, scores, moment_fn, best_item, config)
+    return _answered(state, output, gamma, scores, moment_fn, best_item, config)

@@ -15,7 +15,7 @@ from mmmem_jax.testing import toys
 
 MEMORY = MemoryConfig(sensory_slots=6, episodic_slots=8, schema_slots=7, dim=8, num_relations=4)
 OTHER = MemoryConfig(sensory_slots=9, episodic_slots=5, schema_slots=3, dim=8, num_relations=2)
-QUESTIONS = toys.random_questions(0, 6, 3, dim=8)
+QUESTIONS = toys.random_questions(7, 6, 3, dim=8)
 UNLINKED = RetrievalConfig(top_k=(3, 2, 1), rounds=(1, 2, 3), link_bonus=0.0)
 
 similarity = jax.jit(ev.slot_similarity)

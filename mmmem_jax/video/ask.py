@@ -1,0 +1,373 @@
+"""Asking: a question is answered from the memories of one or more videos, with what it rests on.
+
+loaded = load("memory")
+print(answer(loaded, "Where is the dog?").text)
+"""
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mmmem_jax import store
+from mmmem_jax.errors import UserError
+from mmmem_jax.memory import MemoryState
+from mmmem_jax.memory.types import LEVELS
+from mmmem_jax.models import text_encoder, weights
+from mmmem_jax.retrieval import video_search
+from mmmem_jax.retrieval.joined import Joined, join
+from mmmem_jax.retrieval.top_down import RetrievalConfig
+from mmmem_jax.retrieval.video_search import Calibration, VideoSearch
+
+NOT_FOUND = "not found in memory"
+# Best score, in standard deviations above unrelated pairs, under which nothing was found.
+FOUND_AT = 3.0
+MAX_MOMENTS = 5
+
+EmbedFn = Callable[[Sequence[str]], np.ndarray]  # texts -> unit float32 [n, D]
+WordFn = Callable[[str, Sequence[str]], str]  # question, evidence texts -> answer
+
+
+class Loaded(NamedTuple):
+    """Memories ready to be asked; close the stores when done, or use `with`."""
+
+    memory_dir: Path
+    at: float | None
+    stores: tuple[store.VideoStore, ...]
+    states: tuple[MemoryState, ...]  # of each video, NumPy
+    names: tuple[dict[int, str], ...]  # of the entities of each video, by schema slot
+    joined: Joined
+    device_state: MemoryState
+    embed: EmbedFn
+
+    def __enter__(self) -> "Loaded":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files of all videos."""
+        for video in self.stores:
+            video.close()
+
+
+class Moment(NamedTuple):
+    """A place in a video that an answer rests on."""
+
+    video: str
+    span: tuple[float, float]  # s
+    level: str  # "sensory": a clip kept verbatim; "episodic": a whole episode
+    text: str  # caption and subtitles of the clip, or of the episode's best one
+    frames: tuple[str, ...]  # key frames, relative to the memory folder
+    score: float  # what the evidence read says for it, standard deviations
+    clip: int  # index of that clip
+    node_id: int  # the episode, -1 if it is gone
+
+
+class Answer(NamedTuple):
+    """An answer with its evidence and the search that led to it; `as_json` makes it plain."""
+
+    question: str
+    options: tuple[str, ...]
+    videos: tuple[str, ...]
+    at: float | None  # s, the time as of which it is answered; None: now
+    text: str
+    found: bool
+    score: float  # best of any slot, standard deviations above unrelated pairs
+    probabilities: tuple[float, ...]  # of the options, in their order
+    moments: tuple[Moment, ...]  # best first
+    gamma: float  # nats
+    trace: tuple[dict, ...]  # a step each: level, slots, tokens, answer_entropy (nats)
+    stop_level: str | None  # None: there was nothing to search
+    retrieval_entropy: dict[str, float]  # nats, by level
+    entities: tuple[str, ...]  # names read
+    tokens_read: int
+    seconds: dict[str, float]  # embed, search, read, word
+
+
+def as_json(answer: Answer) -> dict:
+    """Plain JSON: dicts, lists, strings, numbers."""
+    table = answer._asdict()
+    return table | {
+        "options": list(answer.options),
+        "videos": list(answer.videos),
+        "probabilities": list(answer.probabilities),
+        "moments": [
+            m._asdict() | {"span": list(m.span), "frames": list(m.frames)} for m in answer.moments
+        ],
+        "trace": list(answer.trace),
+        "entities": list(answer.entities),
+    }
+
+
+def load_embed_fn(cache_dir: str | os.PathLike | None = None) -> EmbedFn:
+    """The sentence encoder that memories of video are made with, fetched the first time."""
+    encoder, tokenizer = text_encoder.load_text_encoder(weights.fetch_minilm(cache_dir))
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        rows = _power_of_two(len(texts))
+        return text_encoder.encode_texts(encoder, tokenizer, texts, batch_size=rows)[0]
+
+    return embed
+
+
+def load(
+    memory_dir: str | os.PathLike,
+    *,
+    at: float | None = None,
+    videos: Sequence[str] | None = None,
+    embed: EmbedFn | None = None,
+) -> Loaded:
+    """Reads the memories of a folder, to ask them any number of questions.
+
+    Args:
+      memory_dir: made by `mmmem build` or `mmmem watch`.
+      at: answers as of that time of each video, in seconds; None: all that is remembered.
+      videos: ids; None: all.
+      embed: what embeds questions; None: `load_embed_fn()`.
+
+    Raises:
+      UserError: if there is no such folder or video, one is damaged, or `at` is negative.
+    """
+    if at is not None and not at >= 0:
+        raise UserError(f"--at {at} is no time of a video; give seconds since its start")
+    ids = store.list_videos(memory_dir) if videos is None else tuple(dict.fromkeys(videos))
+    if not ids:
+        raise UserError(f"{memory_dir} holds no video; make one with mmmem build")
+    stores = []
+    try:
+        for video_id in ids:
+            stores.append(store.open_store(memory_dir, video_id))
+        states = tuple(store.load_state(s) if at is None else store.state_at(s, at) for s in stores)
+        names = tuple(
+            {e.slot: e.name for e in store.entities(s, state)}
+            for s, state in zip(stores, states, strict=True)
+        )
+        states = jax.device_get(states)
+        joined = join(states)
+        embed = embed or load_embed_fn()
+    except BaseException:
+        for opened in stores:
+            opened.close()
+        raise
+    device_state = jax.device_put(joined.state)
+    return Loaded(Path(memory_dir), at, tuple(stores), states, names, joined, device_state, embed)
+
+
+def ask(
+    memory_dir: str | os.PathLike,
+    question: str,
+    *,
+    options: Sequence[str] = (),
+    at: float | None = None,
+    videos: Sequence[str] | None = None,
+    embed: EmbedFn | None = None,
+    word_fn: WordFn | None = None,
+) -> Answer:
+    """Loads a memory, answers one question and adds it to the folder's questions.jsonl.
+
+    Raises:
+      UserError: as `load` and `answer` do, or if the question cannot be written down.
+    """
+    _check(question, options)
+    with load(memory_dir, at=at, videos=videos, embed=embed) as loaded:
+        answered = answer(loaded, question, options, word_fn=word_fn)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    store.append_question(memory_dir, {"asked": now} | as_json(answered))
+    return answered
+
+
+def answer(
+    loaded: Loaded,
+    question: str,
+    options: Sequence[str] = (),
+    *,
+    word_fn: WordFn | None = None,
+    config: RetrievalConfig = video_search.RETRIEVAL,
+    calibration: Calibration = video_search.CALIBRATION,
+    found_at: float = FOUND_AT,
+) -> Answer:
+    """Answers a question by top-down search, or says that the memory does not hold it.
+
+    Args:
+      loaded: from `load`.
+      question: plain words.
+      options: two or more to choose from; none for an open question, whose answer is what the
+        best moment shows and tells.
+      word_fn: words an open answer from the texts of the best moments, such as a language model.
+      config: what is read at each step, and when to stop.
+      calibration: what cosines mean.
+      found_at: best score under which nothing was found.
+
+    Raises:
+      UserError: if the question or an option is empty, or there is one option only.
+    """
+    _check(question, options)
+    seconds, started = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal started
+        now = time.perf_counter()
+        seconds[name], started = now - started, now
+
+    wanted = _embed(loaded.embed, question, options)
+    lap("embed")
+    search = video_search.search_options if len(options) else video_search.search_moments
+    result = jax.device_get(
+        search(loaded.device_state, *wanted, calibration=calibration, config=config)
+    )
+    lap("search")
+    empty = not any(np.any(getattr(loaded.joined.state, level).valid) for level in LEVELS)
+    score = float(result.scores.max())
+    found = not empty and score >= found_at
+    moments = _read_moments(loaded, result, wanted[0].reshape(-1, wanted[0].shape[-1])[0])
+    lap("read")
+    probabilities = np.exp(result.output.log_probs[0, : len(options)])
+    text = _text(loaded, options, probabilities, moments, found)
+    if found and word_fn is not None and not len(options):
+        text = word_fn(question, [moment.text for moment in moments])
+        lap("word")
+    stop = int(result.output.stop_step[0])
+    trace = [] if empty else [_step(loaded, result, step, config) for step in range(stop + 1)]
+    read = [slot["text"] for step in trace for slot in step["slots"] if slot["level"] == "schema"]
+    entropies = result.output.retrieval_entropy[0].tolist()
+    return Answer(
+        question=question,
+        options=tuple(options),
+        videos=tuple(s.video_id for s in loaded.stores),
+        at=loaded.at,
+        text=text,
+        found=found,
+        score=score,
+        probabilities=tuple(probabilities.tolist()),
+        moments=moments if found else (),
+        gamma=float(result.gamma),
+        trace=tuple(trace),
+        stop_level=None if empty else LEVELS[int(result.output.stop_level[0])],
+        retrieval_entropy=dict(zip(LEVELS, entropies, strict=True)),
+        entities=tuple(dict.fromkeys(filter(None, read))),
+        tokens_read=int(result.output.tokens_read[0]),
+        seconds=seconds,
+    )
+
+
+def _check(question: str, options: Sequence[str]) -> None:
+    if not question.strip():
+        raise UserError("the question is empty; ask something")
+    if len(options) == 1 or not all(option.strip() for option in options):
+        raise UserError("--options needs two or more, none of them empty")
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _embed(embed: EmbedFn, question: str, options: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """(question [D]), or (question with each option, padded [O, D]; which are no padding [O])."""
+    if not len(options):
+        return (embed([question])[0],)
+    rows = embed([f"{question} {option}" for option in options])
+    room = _power_of_two(len(rows))
+    wanted = np.zeros((room, rows.shape[1]), np.float32)
+    wanted[: len(rows)] = rows
+    return wanted, np.arange(room) < len(rows)
+
+
+def _text(loaded: Loaded, options, probabilities, moments, found: bool) -> str:
+    """The answer in words: the option, or what the best moment shows and tells, with its time."""
+    if len(options):
+        return options[int(probabilities.argmax())]
+    if not found or not moments:
+        return NOT_FOUND
+    best = moments[0]
+    where = f" of {best.video}" if len(loaded.stores) > 1 else ""
+    return f"{_clock(best.span[0])}-{_clock(best.span[1])}{where}: {best.text}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _level(loaded: Loaded, slot: int) -> tuple[str, int, int]:
+    """Level of a slot of the joined memory, the video it is of and its slot there."""
+    counts = [len(x.valid) for x in (loaded.joined.state.sensory, loaded.joined.state.episodic)]
+    level = "schema"
+    if slot < counts[0]:
+        level = "sensory"
+    elif slot < sum(counts):
+        level = "episodic"
+    return level, *loaded.joined.origin[slot].tolist()
+
+
+def _read_moments(loaded: Loaded, result: VideoSearch, query: np.ndarray) -> tuple[Moment, ...]:
+    """The best moments, with the texts and key frames of their clips."""
+    found = []
+    for row in range(len(result.moments)):
+        slot, item = int(result.moments[row]), int(result.best_items[row])
+        if slot < 0 or len(found) == MAX_MOMENTS:
+            break
+        level, number, place = _level(loaded, slot)
+        video, state = loaded.stores[number], loaded.states[number]
+        node_id = int(state.episodic.node_id[place]) if level == "episodic" else -1
+        if item >= 0:
+            clips = (int(loaded.joined.state.sensory.trace_id[item]),)
+        else:
+            clips = store.node_clips(video, [node_id])[node_id]
+        records = [r for r in store.read_clips(video, clips) if r.item is not None]
+        records = [r for r in records if r.span[1] <= float(state.clock) + 1e-3]
+        if not records:  # forgotten by a writer since the memory was loaded
+            continue
+        best = max(records, key=lambda record: float(record.item.text @ query))
+        whole = not result.item_read[row]
+        span = state.episodic.span[place].tolist() if whole else best.span
+        found.append(
+            Moment(
+                video=video.video_id,
+                span=(float(span[0]), float(span[1])),
+                level="episodic" if whole else "sensory",
+                text=best.caption or best.subtitles,
+                frames=tuple(_relative(loaded, path) for _, path in best.frames),
+                score=float(result.moment_scores[row]),
+                clip=best.index,
+                node_id=node_id,
+            )
+        )
+    return tuple(found)
+
+
+def _relative(loaded: Loaded, path: Path) -> str:
+    return path.relative_to(loaded.memory_dir).as_posix()
+
+
+def _step(loaded: Loaded, result: VideoSearch, step: int, config: RetrievalConfig) -> dict:
+    """One step of the search in plain JSON."""
+    slots = np.flatnonzero(result.output.entered[0] == step)
+    slots = slots[np.argsort(-result.scores[slots], kind="stable")]
+    return {
+        "level": LEVELS[config.step_levels[step]],
+        "slots": [_evidence(loaded, result, int(slot)) for slot in slots],
+        "tokens": int(result.tokens[slots].sum()),
+        "answer_entropy": float(result.output.answer_entropy[0, step]),
+    }
+
+
+def _evidence(loaded: Loaded, result: VideoSearch, slot: int) -> dict:
+    """A slot that was read: where it is, what it is called if it is an entity, how well it fits."""
+    level, number, place = _level(loaded, slot)
+    table = getattr(loaded.states[number], level)
+    return {
+        "level": level,
+        "video": loaded.stores[number].video_id,
+        "slot": place,
+        "span": [float(t) for t in table.span[place]],
+        "text": loaded.names[number].get(place, "") if level == "schema" else "",
+        "score": float(result.scores[slot]),
+    }
