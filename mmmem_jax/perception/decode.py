@@ -356,7 +356,8 @@ def _cues(packet: av.Packet, clock: _Clock) -> Iterator[Cue]:
         return
     text = plain_text(" ".join(c.dialogue.decode(errors="replace") for c in captions))
     if text:
-        yield Cue(t0, t0 + float(packet.duration * packet.time_base), text)
+        t1 = round(t0 + float(packet.duration * packet.time_base), 6)
+        yield Cue(t0, t1, text)
 
 
 def _cues_before(
@@ -425,7 +426,10 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
 
 
 def _nothing_decoded(source: str) -> UserError:
-    return UserError(f"{source} has no picture that can be decoded; is it damaged or cut short?")
+    return UserError(
+        f"{source} has no picture that can be decoded: it is damaged, cut short, or its pictures"
+        " are larger than 8192x8192"
+    )
 
 
 def _reason(error: Exception) -> str:

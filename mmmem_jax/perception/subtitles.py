@@ -119,7 +119,9 @@ def _timing(line: str, where: str) -> tuple[float, float]:
     found = _TIMING.fullmatch(line)
     if found is None:
         shown = line.strip()[:60]
-        raise UserError(f"{where}: {shown!r} is no time range such as 00:00:01,000 --> 00:00:02,500")
+        raise UserError(
+            f"{where}: {shown!r} is no time range such as 00:00:01,000 --> 00:00:02,500"
+        )
     t0, t1 = (_seconds(*found.groups()[i : i + 4]) for i in (0, 4))
     if not t0 <= t1 <= _LATEST:
         raise UserError(f"{where}: a caption from {t0:g} s to {t1:g} s cannot be; mend this line")
@@ -128,7 +130,7 @@ def _timing(line: str, where: str) -> tuple[float, float]:
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:
     whole = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds)
-    return whole + int(fraction.ljust(3, "0")) / 1000
+    return (whole * 1000 + int(fraction.ljust(3, "0"))) / 1000
 
 
 def _unroll(blocks: Iterable[tuple[float, float, list[str]]]) -> list[Cue]:

@@ -51,14 +51,15 @@ def write_video(
       captions: (t0, t1, text) of an embedded track (mkv).
       options: of the encoder.
     """
-    if times is None:
+    uneven = times is not None
+    if not uneven:
         times = [i / fps for i in range(round(sum(scenes) * fps))]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        # Some formats only know whole frames; the others take times to the millisecond.
-        unit = Fraction(1, fps if Path(path).suffix == ".avi" else 1000)
+        # Some formats know no times but those of whole frames.
+        unit = Fraction(1, 1000 if uneven else fps)
         stream.codec_context.time_base = unit
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
