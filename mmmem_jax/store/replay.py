@@ -9,7 +9,7 @@ import numpy as np
 from mmmem_jax import memory
 from mmmem_jax.memory import ADD_NEW, MERGE, Item, MemoryState
 
-BATCH = 64  # clips handed to the device at once; a shorter rest is padded, and not run
+BATCH = 64  # clips handed to the device at once; a shorter rest is padded, the padding not run
 
 
 def _step(state: MemoryState, item: Item, action, strength, node_id) -> MemoryState:
@@ -38,7 +38,16 @@ def _run(state, items, actions, strengths, node_ids, count) -> MemoryState:
     return jax.lax.fori_loop(0, count, body, state)
 
 
-def _pad_mentions(item: Item, size: int) -> Item:
+def _padded(values: Sequence, size: int) -> np.ndarray:
+    """Arrays of one shape stacked, zeros to `size`."""
+    found = np.stack(values)
+    out = np.zeros((size, *found.shape[1:]), found.dtype)
+    out[: len(found)] = found
+    return out
+
+
+def _with_mentions(item: Item, size: int) -> Item:
+    """`item` with room for `size` mentions."""
     missing = size - len(item.mention_valid)
     return item.replace(
         mention=np.pad(item.mention, ((0, missing), (0, 0))),
@@ -51,15 +60,14 @@ def replay(state: MemoryState, steps: Sequence[tuple[Item, int, float, int]]) ->
     mentions = max((len(item.mention_valid) for item, *_ in steps), default=0)
     for start in range(0, len(steps), BATCH):
         batch = steps[start : start + BATCH]
-        filled = list(batch) + [batch[-1]] * (BATCH - len(batch))
-        items, actions, strengths, node_ids = zip(*filled, strict=True)
-        items = [_pad_mentions(item, mentions) for item in items]
+        items, actions, strengths, node_ids = zip(*batch, strict=True)
+        items = [_with_mentions(item, mentions) for item in items]
         state = _run(
             state,
-            jax.tree.map(lambda *x: np.stack(x), *items),
-            np.asarray(actions, np.int32),
-            np.asarray(strengths, np.float32),
-            np.asarray(node_ids, np.int32),
+            jax.tree.map(lambda *x: _padded(x, BATCH), *items),
+            _padded(np.asarray(actions, np.int32), BATCH),
+            _padded(np.asarray(strengths, np.float32), BATCH),
+            _padded(np.asarray(node_ids, np.int32), BATCH),
             np.int32(len(batch)),
         )
     return state

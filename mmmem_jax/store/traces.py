@@ -73,8 +73,9 @@ class Row(NamedTuple):
 
 
 def seal(values: tuple) -> int:
-    """CRC-32 over the values of a row (integers, floats, text, bytes, None)."""
-    return zlib.crc32(repr(tuple(values)).encode())
+    """CRC-32 over the values of a row (integers, floats, text, None, and the CRC-32 of bytes)."""
+    plain = tuple(zlib.crc32(x) if isinstance(x, bytes) else x for x in values)
+    return zlib.crc32(repr(plain).encode())
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
@@ -312,8 +313,8 @@ def record_of(row: Row, entities: tuple, folder: Path, dim: int) -> ClipRecord:
 
 
 def frame_path(folder: Path, name: str) -> Path:
-    """Where a key frame lies; raises UserError if its name leads outside the folder."""
-    path = layout.join(folder / layout.FRAMES, name)
-    if not FRAME_NAME.fullmatch(name) or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} names the key frame {name!r}; delete it and build again")
+    """Where a key frame lies; raises UserError if its name or a link leads elsewhere."""
+    path = folder / layout.FRAMES / name
+    if not FRAME_NAME.fullmatch(name) or path.is_symlink() or path.parent.is_symlink():
+        raise UserError(f"{folder} names {name!r}, which lies outside it; build the video again")
     return path
