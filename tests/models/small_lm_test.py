@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmmem_jax.errors import UserError
-from mmmem_jax.models import small_lm, weights
+from mmmem_jax.models import gguf_weights, small_lm, weights
 from mmmem_jax.models.gguf_weights import open_gguf
 from mmmem_jax.models.small_lm import (
     CHUNK,
@@ -368,6 +368,18 @@ class TestRefusals:
         tensors["token_embd.weight"] = tensors["token_embd.weight"][:-1]
         with pytest.raises(UserError, match="264 tokens and 263 embeddings"):
             load_small_lm(write_gguf(tmp_path, tensors=tensors, llama__vocab_size=263))
+
+    def test_a_damaged_length_ends_soon(self, folder, tmp_path):
+        path = folder / "tiny.gguf"
+        reader = gguf_weights._BoundedReader(path)
+        assert reader.reads_left < gguf_weights._BoundedReader.reads_left  # every read is counted
+        content = bytearray(path.read_bytes())
+        key = b"tokenizer.ggml.token_type"
+        highest = content.index(key) + len(key) + 4 + 4 + 7  # byte of the array's length
+        content[highest] = 1
+        (tmp_path / "tiny.gguf").write_bytes(content)
+        with pytest.raises(UserError, match="a length in it is damaged"):
+            load_small_lm(tmp_path)
 
     @settings(
         max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
