@@ -1,0 +1,240 @@
+"""mmmem: a memory of videos, and answers from it.
+
+    mmmem build holiday.mp4 --memory memories/        # watch a file once, remember it
+    mmmem ask   --memory memories/ "where did I leave the bike?"
+    mmmem report --memory memories/                    # an HTML page of what is remembered
+    mmmem watch rtsp://camera/ --memory memories/      # remember a live stream
+
+Everything runs on this machine; the weights (about 100 MB) are fetched once.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmmem_jax.errors import UserError
+
+DEFAULT_SLOTS = 512
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_time(text: str) -> float:
+    """Seconds of '90', '1:30' or '01:00:01.5'.
+
+    Raises:
+      argparse.ArgumentTypeError: if it is none of these.
+    """
+    parts = text.split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    whole = all(x.is_integer() for x in numbers[:-1])
+    rest = all(0 <= x < 60 for x in numbers[1:])
+    if not 1 <= len(numbers) <= 3 or not whole or not rest or not 0 <= numbers[0] < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90, 1:30 or 1:02:03")
+    seconds = 0.0
+    for number in numbers:
+        seconds = seconds * 60 + number
+    return seconds
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _slots(text: str) -> int:
+    value = int(text)
+    if not 8 <= value <= 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not between 8 and 65536")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all four commands; `args.run(args)` runs the chosen one."""
+    parser = _Parser(
+        prog="mmmem", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_build, _add_ask, _add_watch, _add_report):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--memory", type=Path, required=True, metavar="DIR", help="folder of the memories"
+    )
+    return parser
+
+
+def _memory_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        default="lite",
+        help="who decides what is kept: the manager trained for these features (lite, the default),"
+        " a fixed rule such as keep_recent, or the workdir of a run of configs/lite.py",
+    )
+    parser.add_argument(
+        "--slots",
+        type=_slots,
+        default=DEFAULT_SLOTS,
+        help=f"clips and episodes the memory may hold (default: {DEFAULT_SLOTS})",
+    )
+    parser.add_argument(
+        "--name", help="name of the video in the memory (default: from the file's name)"
+    )
+
+
+def _add_build(commands) -> None:
+    parser = _command(
+        commands, "build", _build, "watch video files once and remember them; resumes where stopped"
+    )
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="any file FFmpeg reads")
+    _memory_flags(parser)
+    parser.add_argument(
+        "--subtitles",
+        type=Path,
+        metavar="FILE",
+        help=".srt or .vtt (default: one beside the video, else the video's own)",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="forget what is remembered of the video, and start anew",
+    )
+
+
+def _add_ask(commands) -> None:
+    parser = _command(commands, "ask", _ask, "answer a question from the memory, with its evidence")
+    parser.add_argument("question")
+    parser.add_argument(
+        "--options", nargs="+", default=(), metavar="OPTION", help="choose among these answers"
+    )
+    parser.add_argument(
+        "--at", type=parse_time, metavar="TIME", help="answer as of this time (90, 1:30, 1:02:03)"
+    )
+    parser.add_argument(
+        "--video", action="append", metavar="NAME", help="ask of this video alone (repeatable)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    parser.add_argument(
+        "--lm",
+        action="store_true",
+        help="let a small language model (SmolLM2-135M, 93 MB) word the answer",
+    )
+
+
+def _add_watch(commands) -> None:
+    parser = _command(
+        commands, "watch", _watch, "remember a live stream while it plays; Ctrl-C ends it"
+    )
+    parser.add_argument(
+        "source", help="a file (played in real time), a camera (/dev/video0), an RTSP or HTTP URL"
+    )
+    _memory_flags(parser)
+    parser.add_argument(
+        "--speed", type=_positive, default=1.0, help="speed at which a file is played (default: 1)"
+    )
+
+
+def _add_report(commands) -> None:
+    parser = _command(commands, "report", _report, "write an HTML page of what is remembered")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to (default: report.html in the memory)"
+    )
+
+
+def _build(args: argparse.Namespace) -> None:
+    from mmmem_jax.video import build
+
+    if args.name and len(args.videos) > 1:
+        raise UserError("--name is of one video; build them one by one to name them")
+    if args.subtitles and len(args.videos) > 1:
+        raise UserError("--subtitles is of one video; build them one by one to give each its own")
+    _use_compilation_cache()
+    settings = build.Settings(policy=args.policy, slots=args.slots)
+    build.check(args.videos)
+    builder = build.make_builder(settings)
+    for video in args.videos:
+        built = build.build(
+            builder, video, args.memory, name=args.name, subtitle_file=args.subtitles,
+            again=args.again,
+        )  # fmt: skip
+        print(build.told(built))
+
+
+def _ask(args: argparse.Namespace) -> None:
+    from mmmem_jax.video import ask
+
+    _use_compilation_cache()
+    word_fn = None
+    if args.lm:
+        from mmmem_jax.video.wording import load_word_fn
+
+        word_fn = load_word_fn()
+    answer = ask.ask(
+        args.memory, args.question, options=args.options, at=args.at, videos=args.video,
+        word_fn=word_fn,
+    )  # fmt: skip
+    print(json.dumps(ask.as_json(answer), indent=1) if args.json else ask.told(answer))
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from mmmem_jax.video import build, watch
+
+    _use_compilation_cache()
+    builder = build.make_builder(build.Settings(policy=args.policy, slots=args.slots))
+    print(watch.told(watch.watch(builder, args.source, args.memory, args.name, speed=args.speed)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from mmmem_jax.video import report
+
+    print(report.write_report(args.memory, args.out or args.memory / "report.html"))
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs beside the weights, so that only the first start compiles."""
+    from mmmem_jax.models.weights import default_cache_dir
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; a mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(format="mmmem: %(message)s", level=logging.WARNING)
+    try:
+        args = make_parser().parse_args(argv)
+        args.run(args)
+    except UserError as error:
+        print("mmmem:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("mmmem: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The `lite` backbone: clips of a video to memory items, by small pretrained networks.
+
+EfficientNet-Lite0 names what is seen; ConSE puts it into the space of the sentence encoder, where
+captions and questions live too, so that text and pixels are compared by one cosine.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mmmem_jax.memory.types import Item
+from mmmem_jax.models import weights
+from mmmem_jax.models.conse import Labels, SeeFn, load_labels, make_see_fn
+from mmmem_jax.models.efficientnet_lite import load_efficientnet_lite0
+from mmmem_jax.models.text_encoder import BertEncoder, encode_texts, load_text_encoder
+from mmmem_jax.perception import describe, salient
+from mmmem_jax.perception.decode import Frame
+from mmmem_jax.perception.segment import Clip
+
+DIM = 384  # of all-MiniLM-L6-v2
+NUM_MENTIONS = 4
+# Frames a second that each level sees (the paper's L1 / L2 / L3).
+SENSORY_FPS, EPISODIC_FPS, SCHEMA_FPS = 5.0, 2.0, 1.0
+RELATIONS = ("seen with",)
+MAX_KEY_FRAMES = 3
+# Frames between two key frames at least (Delta of the paper's appendix): one second.
+KEY_FRAME_GAP = 5
+
+
+class Perception(NamedTuple):
+    """The networks, loaded once.
+
+    `see` takes frames uint8 [B, H, W, 3] to unit embeddings [B, D] and to probabilities of the L
+    labels, [B, L].
+    """
+
+    see: SeeFn
+    labels: Labels
+    encoder: BertEncoder
+    tokenizer: Tokenizer
+
+
+class Percept(NamedTuple):
+    """What was perceived of one clip; `item` has NumPy leaves and no leading axis."""
+
+    index: int
+    span: tuple[float, float]  # s
+    caption: str
+    subtitles: str
+    labels: tuple[tuple[str, float], ...]  # entities named, with their probabilities
+    key_frames: tuple[Frame, ...]
+    item: Item
+
+
+class _Sight(NamedTuple):
+    """What the networks make of a clip's frames."""
+
+    labels: tuple[tuple[str, float], ...]
+    mention: np.ndarray  # [E, D] text embeddings of `labels`
+    visual: np.ndarray  # [D] of the key frames
+    coarse: np.ndarray  # [D] of the episodic frames
+
+
+class _Views(NamedTuple):
+    """The frames of a clip that are looked at."""
+
+    key: tuple[Frame, ...]
+    episodic: tuple[Frame, ...]
+    schema: tuple[int, ...]  # positions in `episodic`
+    motion: float
+    brightness: float
+
+
+def load_perception() -> Perception:
+    """Loads the networks, fetching their weights the first time (about 100 MB).
+
+    Raises:
+      UserError: if they cannot be fetched or read.
+    """
+    minilm = weights.fetch_minilm()
+    encoder, tokenizer = load_text_encoder(minilm)
+    network = load_efficientnet_lite0(weights.fetch_efficientnet_lite0())
+    labels = load_labels(weights.fetch_imagenet_classes(), minilm)
+    return Perception(make_see_fn(network, labels), labels, encoder, tokenizer)
+
+
+def perceive(
+    perception: Perception, clips: Sequence[Clip], before: np.ndarray | None = None
+) -> list[Percept]:
+    """Looks at clips together, so that the networks run on full batches.
+
+    Args:
+      perception: the networks.
+      clips: consecutive clips, each with a frame at least.
+      before: the coarse embedding [D] of the clip before the first, None if there is none.
+    """
+    views = [_choose_views(clip) for clip in clips]
+    sights = _look(perception, views)
+    subtitles = [" ".join(dict.fromkeys(cue.text for cue in clip.cues)) for clip in clips]
+    captions = [
+        describe.caption(
+            sight.labels, motion=view.motion, brightness=view.brightness, subtitles=told
+        )
+        for sight, view, told in zip(sights, views, subtitles, strict=True)
+    ]
+    text, tokens = encode_texts(perception.encoder, perception.tokenizer, captions, batch_size=8)
+    percepts = []
+    for row, (clip, view, sight) in enumerate(zip(clips, views, sights, strict=True)):
+        percepts.append(
+            Percept(
+                index=clip.index,
+                span=clip.span,
+                caption=captions[row],
+                subtitles=subtitles[row],
+                labels=sight.labels,
+                key_frames=view.key,
+                item=_make_item(clip, sight, text[row], int(tokens[row]), before),
+            )
+        )
+        before = sight.coarse
+    return percepts
+
+
+def _choose_views(clip: Clip) -> _Views:
+    """Which frames of a clip are looked at, and how much it moves."""
+    images = np.stack([frame.image for frame in clip.frames])
+    key = salient.salient_frames(images, KEY_FRAME_GAP)[:MAX_KEY_FRAMES]
+    episodic = _every(clip.frames, EPISODIC_FPS)
+    small = images[:, ::4, ::4].astype(np.int16)
+    return _Views(
+        key=tuple(clip.frames[i] for i in key),
+        episodic=tuple(clip.frames[i] for i in episodic),
+        schema=tuple(_every([clip.frames[i] for i in episodic], SCHEMA_FPS)),
+        motion=float(np.abs(np.diff(small, axis=0)).mean()) if len(small) > 1 else 0.0,
+        brightness=float(small.mean()),
+    )
+
+
+def _every(frames: Sequence[Frame], fps: float) -> list[int]:
+    """Positions of the first frame in each 1 / fps seconds of the stream."""
+    # A frame may come a hair before its tick.
+    ticks = [int(frame.time * fps + 1e-3) for frame in frames]
+    return [i for i, tick in enumerate(ticks) if i == 0 or tick != ticks[i - 1]]
+
+
+def _look(perception: Perception, views: Sequence[_Views]) -> list[_Sight]:
+    """Embeds and names what the chosen frames show."""
+    frames = [frame.image for view in views for frame in (*view.key, *view.episodic)]
+    embedding, probability = perception.see(np.stack(frames))
+    sights, first = [], 0
+    for view in views:
+        middle, last = first + len(view.key), first + len(view.key) + len(view.episodic)
+        mean = probability[[middle + i for i in view.schema]].mean(0)
+        surest = np.argsort(-mean)[:NUM_MENTIONS]
+        surest = [i for i in surest if mean[i] >= describe.GUESSED]
+        sights.append(
+            _Sight(
+                labels=tuple((perception.labels.names[i], float(mean[i])) for i in surest),
+                mention=perception.labels.embeddings[surest].reshape(-1, DIM),
+                visual=_unit(embedding[first:middle].mean(0)),
+                coarse=_unit(embedding[middle:last].mean(0)),
+            )
+        )
+        first = last
+    return sights
+
+
+def _make_item(
+    clip: Clip, sight: _Sight, text: np.ndarray, tokens: int, before: np.ndarray | None
+) -> Item:
+    """The memory's item of a clip (eq. 1)."""
+    mention = np.zeros((NUM_MENTIONS, DIM), np.float32)
+    mention[: len(sight.mention)] = sight.mention
+    return Item(
+        visual=sight.visual.astype(np.float32),
+        coarse=sight.coarse.astype(np.float32),
+        text=text.astype(np.float32),
+        span=np.array(clip.span, np.float32),
+        tokens=np.int32(tokens),
+        mention=mention,
+        mention_valid=np.arange(NUM_MENTIONS) < len(sight.mention),
+        change=np.float32(1.0 if before is None else 1.0 - before @ sight.coarse),
+        relation=np.int32(0 if len(sight.mention) > 1 else -1),
+        trace_id=np.int32(clip.index),
+        valid=np.bool_(True),
+    )
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / max(float(np.linalg.norm(x)), 1e-6)
