@@ -26,7 +26,7 @@ from mmmem_jax.store.reading import (
 )
 from mmmem_jax.store.replay import advance, node_of
 from mmmem_jax.store.traces import ClipRecord
-from mmmem_jax.store.video_store import VideoStore, create, open_store
+from mmmem_jax.store.video_store import VideoStore, create, open_store, remove
 from mmmem_jax.store.writing import SNAPSHOT_EVERY, append, finish, prune
 
 __all__ = (
@@ -53,6 +53,7 @@ __all__ = (
     "read_clips",
     "read_frame",
     "read_questions",
+    "remove",
     "rounded",
     "state_at",
     "video_id_of",

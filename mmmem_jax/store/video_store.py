@@ -110,6 +110,23 @@ def _fill(folder: Path, header: str) -> None:
     layout.write_whole(folder / layout.HEADER, header.encode())
 
 
+def remove(memory_dir: str | os.PathLike, video_id: str) -> None:
+    """Deletes a video, damaged or not; it is gone at once, even if a kill leaves files behind.
+
+    Raises:
+      UserError: if the id is unknown, another process writes it, or it cannot be deleted.
+    """
+    folder = layout.find_video(memory_dir, video_id)
+    gone = layout.join(Path(memory_dir), f".{video_id}.old")
+    with _claim(folder):
+        shutil.rmtree(gone, ignore_errors=True)
+        try:
+            folder.rename(gone)
+            shutil.rmtree(gone)
+        except OSError as error:
+            raise layout.unwritten(folder, error) from None
+
+
 def open_store(
     memory_dir: str | os.PathLike, video_id: str, *, writable: bool = False
 ) -> VideoStore:

@@ -284,6 +284,18 @@ class TestWriting:
             assert video.header == HEADER
             assert video.config == SMALL
 
+    def test_removed_video_is_gone(self, tmp_path):
+        with store.create(tmp_path, "toy", HEADER, SMALL):
+            with pytest.raises(UserError, match="being written"):
+                store.remove(tmp_path, "toy")
+        (tmp_path / "toy/memory.sqlite").write_bytes(b"damaged")
+        (tmp_path / ".toy.old/half").mkdir(parents=True)
+        store.remove(tmp_path, "toy")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(UserError, match="holds no video"):
+            store.remove(tmp_path, "toy")
+        store.create(tmp_path, "toy", HEADER, SMALL).close()
+
     def test_half_made_video_is_made_anew(self, tmp_path):
         half = tmp_path / ".toy.new"
         (half / "frames").mkdir(parents=True)
