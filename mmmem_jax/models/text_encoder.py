@@ -259,12 +259,13 @@ def encode_texts(
     embeddings = np.zeros((len(pieces), encoder.config.hidden_size), np.float32)
     first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     room = encoder.config.max_tokens - 2
+    graphdef, params = nnx.split(encoder)
     with tqdm(total=len(order), desc="embedding", unit="text", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens = [[first, *pieces[row][:room], last] for row in rows]
             ids, mask = _pad(tokens, batch_size, encoder.config.max_tokens)
-            embeddings[rows] = np.asarray(_encode(encoder, ids, mask))[: len(rows)]
+            embeddings[rows] = np.asarray(_encode(graphdef, params, ids, mask))[: len(rows)]
             bar.update(len(rows))
     index = np.array([unique[text] for text in texts], np.int64)
     counts = np.array([len(ids) for ids in pieces], np.int32)
@@ -300,11 +301,12 @@ def cached_embeddings(
     return kept["embeddings"].astype(np.float32), kept["token_counts"]
 
 
-@nnx.jit
+# nnx.jit would take ten times as long to hand over the parameters as one sentence takes to embed.
+@partial(jax.jit, static_argnames="graphdef")
 def _encode(
-    encoder: BertEncoder, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+    graphdef: nnx.GraphDef, params: nnx.State, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B D"]:
-    return encoder(ids, mask)
+    return nnx.merge(graphdef, params)(ids, mask)
 
 
 def _pad(tokens: list[list[int]], rows: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
