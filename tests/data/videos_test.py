@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from data import videos
 from mmmem_jax.errors import UserError
+from tests.conftest import REPO
 
 CONTENT = b"not really a video" * 1000
 
@@ -181,8 +183,19 @@ def test_the_list_tells_licences(capsys):
     assert "CC BY 3.0" in line
 
 
+def test_it_runs_as_a_script_from_a_clone():
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "data/videos.py", "--list"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(videos.read_table()[1])
+
+
 def test_an_unusable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert videos.main(["--to", str(tmp_path / "file/to"), "--only", "bbb"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("videos.py: ")
+    assert line == (
+        f"videos.py: cannot write to {tmp_path / 'file/to'} (Not a directory);"
+        " choose another folder with --to"
+    )
