@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mmmem_jax import memory, store
+from mmmem_jax.errors import UserError
 from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE
 from mmmem_jax.store import ClipRecord
 from mmmem_jax.video import report
@@ -278,8 +279,8 @@ class TestPage:
         """However long and many videos are, and whatever a picture weighs."""
         rng = np.random.default_rng(0)
         noise = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(noise, "JPEG")
-        noise, long, num = noise.getvalue(), "&" * 5000, 6000 // num_videos
+        Image.fromarray(rng.integers(0, 256, (240, 320, 3), np.uint8)).save(noise, "JPEG")
+        noise, long, num = noise.getvalue(), "&" * 5000, 3000 // num_videos
         clips = [
             _clip(i, i, long)._replace(frames=((10.0 * i, noise),), entities=((i % 64, long),) * 9)
             for i in range(num)
@@ -351,3 +352,52 @@ def test_the_layout_keeps_nodes_apart_and_friends_together(num_nodes):
     if num_nodes > 2:
         joined = apart[edges[:, 0], edges[:, 1]]
         assert joined.mean() < 0.6 * apart[~np.eye(num_nodes, dtype=bool)].mean()
+
+
+@pytest.fixture(scope="module")
+def memory_dir(tmp_path_factory):
+    """A memory folder with one video of six clips, of which one is discarded."""
+    folder = tmp_path_factory.mktemp("memory")
+    config = memory.MemoryConfig(
+        sensory_slots=4, episodic_slots=4, schema_slots=8, num_relations=8, dim=8
+    )
+    header = {"source": "a <walk>.mp4"}
+    with store.create(folder, "walk", header, config) as video:
+        state = store.load_state(video)
+        for i in range(6):
+            action = DISCARD if i == 3 else MERGE if i % 2 else ADD_NEW
+            item = _item(i)
+            state = store.advance(state, item, action, 1.0 + i)
+            node = store.node_of(state, i)
+            kept = _clip(i, node, action=action, item=item, strength=1.0 + i)
+            lost = _lost(i)._replace(strength=1.0 + i)
+            store.append(video, lost if action == DISCARD else kept, state)
+        store.finish(video, state)
+    store.append_question(folder, {"question": "Where is the <dog>?", "found": False})
+    return folder
+
+
+class TestWriteReport:
+    def test_shows_what_is_stored(self, memory_dir, tmp_path):
+        out = report.write_report(memory_dir, tmp_path / "page.html")
+        page = _Page(out.read_text())
+        items = {a["id"] for a in page.classed("item") if "id" in a}
+        assert {f"v0-c{i}" for i in (0, 1, 2, 4, 5)} <= items
+        assert "v0-c3" not in items
+        assert {"v0-e0", "v0-e1", "v0-e2"} <= items
+        for text in ("a <walk>.mp4", "Where is the <dog>?", "person", "1 clip discarded"):
+            assert text in page.text
+        assert len(page.named("image")) == 5
+        assert page.text.count("held verbatim") == 4  # of five: the buffer has four slots
+        names = {name for name in NAMES if f"<title>Entity {name}," in out.read_text()}
+        assert names == set(NAMES[:7])
+
+    def test_a_folder_without_videos(self, tmp_path):
+        out = report.write_report(tmp_path, tmp_path / "page.html")
+        assert "holds no video" in out.read_text()
+
+    def test_what_cannot_be_read_or_written_is_one_line(self, memory_dir, tmp_path):
+        with pytest.raises(UserError, match="is no memory folder"):
+            report.write_report(tmp_path / "gone", tmp_path / "page.html")
+        with pytest.raises(UserError, match="cannot write"):
+            report.write_report(memory_dir, tmp_path / "gone" / "page.html")

@@ -30,9 +30,10 @@ function select(item) {
   board.querySelector(".panel").replaceChildren(title, list);
 }
 
+// An item's own box also counts what its bar cuts off; that of its ring does not.
 function focusOn(item) {
-  item.focus();
-  item.scrollIntoView({ block: "nearest", inline: "nearest" });
+  item.focus({ preventScroll: true });
+  item.querySelector(".ring").scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 // The item of another lane that begins nearest to this one.
@@ -52,23 +53,65 @@ function neighbour(item, key) {
   return { ArrowLeft: items[at - 1], ArrowRight: items[at + 1], Home: items[0], End: items.at(-1) }[key];
 }
 
+const NARROWEST = 0.2; // percent of the time line, as the page is drawn
+const MINUTE = 60, HOUR = 3600, DAY = 86400;
+const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, HOUR, 2 * HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR, DAY, 7 * DAY];
+
+function clock(t) {
+  const two = (n) => String(n).padStart(2, "0");
+  const [day, hours, minutes] = [Math.floor(t / DAY), Math.floor((t % DAY) / HOUR), Math.floor((t % HOUR) / MINUTE)];
+  const rest = `${two(minutes)}:${two(t % MINUTE)}`;
+  if (day) return `day ${day + 1}, ${hours}:${rest}`;
+  return hours ? `${hours}:${rest}` : `${minutes}:${two(t % MINUTE)}`;
+}
+
+function drawn(svg, name, attributes) {
+  const made = document.createElementNS(svg.namespaceURI, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+// Ticks of what is seen of the time line and a screen beside it, names where their bars are seen.
+function refresh(board) {
+  const scroll = board.querySelector(".scroll");
+  const axis = board.querySelector(".axis");
+  const duration = Number(axis.dataset.duration);
+  const width = axis.getBoundingClientRect().width;
+  const step = STEPS.find((s) => (s / duration) * width >= 110) ?? 28 * DAY;
+  const seen = (x) => (x / width) * duration;
+  const first = Math.max(0, Math.floor(seen(scroll.scrollLeft - scroll.clientWidth) / step));
+  const last = Math.min(duration, seen(scroll.scrollLeft + 2 * scroll.clientWidth)) / step;
+  axis.replaceChildren();
+  for (let i = first; i <= last; i++) {
+    const x = ((i * step) / duration) * width;
+    const label = drawn(axis, "text", { x, y: 17, class: i ? (x > width - 40 ? "end" : "") : "start" });
+    label.textContent = clock(i * step);
+    axis.append(drawn(axis, "line", { x1: x, x2: x, y1: 0, y2: 5 }), label);
+  }
+  const left = scroll.getBoundingClientRect().left;
+  for (const name of board.querySelectorAll(".lane:not(.sensory) text")) {
+    const hidden = left - name.parentElement.getBoundingClientRect().left;
+    name.setAttribute("x", Math.max(0, hidden) + 5);
+  }
+}
+
 // Zooms about the item that has the focus or is selected, else about the middle; 0 fits.
 function zoom(board, by) {
   const scroll = board.querySelector(".scroll");
   const old = Number(board.dataset.zoom ?? 1);
   const now = by ? Math.min(Math.max(old * by, 1), Number(board.dataset.max)) : 1;
   const anchor = board.querySelector(".item:focus") ?? board.querySelector('.item[aria-pressed="true"]');
-  const left = scroll.getBoundingClientRect().left;
-  const box = anchor?.getBoundingClientRect();
-  const middle = box ? box.left - left + scroll.scrollLeft : scroll.scrollLeft + scroll.clientWidth / 2;
-  const share = middle / scroll.scrollWidth;
+  const box = anchor?.querySelector(".ring").getBoundingClientRect();
+  const at = box ? box.left - scroll.getBoundingClientRect().left : scroll.clientWidth / 2;
+  const share = (scroll.scrollLeft + at) / scroll.scrollWidth;
   board.dataset.zoom = now;
   board.style.setProperty("--zoom", now);
   board.querySelector("output").textContent = `×${now}`;
-  for (const tick of board.querySelectorAll(".tick")) {
-    tick.classList.toggle("shown", Number(tick.dataset.zoom) <= now);
+  for (const narrow of board.querySelectorAll("svg[data-width]")) {
+    narrow.setAttribute("width", `${Math.max(narrow.dataset.width, NARROWEST / now)}%`);
   }
   scroll.scrollLeft = share * scroll.scrollWidth - scroll.clientWidth / 2;
+  refresh(board);
 }
 
 document.addEventListener("click", (event) => {
@@ -105,4 +148,8 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-for (const controls of document.querySelectorAll(".controls")) controls.hidden = false;
+for (const board of document.querySelectorAll(".board[data-max]")) {
+  board.querySelector(".controls").hidden = false;
+  board.querySelector(".scroll").addEventListener("scroll", () => refresh(board), { passive: true });
+  new ResizeObserver(() => refresh(board)).observe(board);
+}

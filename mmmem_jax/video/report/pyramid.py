@@ -29,8 +29,8 @@ from mmmem_jax.video.report.views import EntityView, EpisodeView, VideoView
 MAX_CLIPS, MAX_EPISODES, MAX_ENTITIES = 600, 300, 400  # drawn, all videos together
 MAX_ROWS = 30  # entities of one video, which may overlap in time
 MAX_LINKS = 12  # from one item to others of a kind
-NUM_BINS = 1000  # of a time line, for what is only marked: the clips that are not held
-NARROWEST = 0.25  # percent of the time line
+MAX_MARKS = 1000  # of a time line, where clips are not held
+NARROWEST = 0.2  # percent of the time line: some 2 pixels
 TICK_STEPS = (
     *(1, 2, 5, 10, 15, 30),
     *(k * MINUTE for k in (1, 2, 5, 10, 15, 30)),
@@ -41,53 +41,48 @@ ACTIONS = {ADD_NEW: "opened an episode", MERGE: "merged into an episode"}
 
 
 def _packed(spans: Iterable[tuple[float, float]]) -> list[int]:
-    """The first free row of each span (percent), rows without overlap."""
+    """The first free row of each span, so that no two of a row overlap."""
     ends, rows = [], []
     for x0, x1 in spans:
-        row = next((i for i, end in enumerate(ends) if end <= x0 + 1e-6), len(ends))
+        row = next((i for i, end in enumerate(ends) if end <= x0 + 0.05), len(ends))
         ends[row : row + 1] = [x1]
         rows.append(row)
     return rows
 
 
 def _ticks(duration: float) -> list[dict]:
-    """Ticks of the time axis; `zoom` is that from which one has room."""
-    ticks, seen = [], set()
-    for zoom in (1, 4, 16):
-        step = next((s for s in TICK_STEPS if duration / s <= 7 * zoom), TICK_STEPS[-1])
-        for i in range(int(min(duration / step, 7 * zoom)) + 1):
-            if i * step not in seen:
-                seen.add(i * step)
-                x = round(100 * i * step / duration, 3)
-                ticks.append({"x": x, "zoom": zoom, "label": clock(i * step)})
-    return ticks
+    """Ticks of the time axis while it fits the screen; the script draws those of a closer view."""
+    step = next((s for s in TICK_STEPS if duration <= 8 * s), TICK_STEPS[-1])
+    times = range(0, int(duration) + 1, step)[:9]
+    return [{"x": round(100 * t / duration, 3), "label": clock(t)} for t in times]
 
 
-def _marked(clips: Sequence, duration: float) -> list[dict]:
-    """Where clips lie, as the fewest bars: x and width in percent."""
-    bins = np.zeros(NUM_BINS + 1, bool)
-    for clip in clips:
-        x0, x1 = (NUM_BINS * t / duration for t in clip.span)
-        bins[int(x0) : max(int(x0) + 1, int(round(x1)))] = True
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], bins[:-1], [False]])))
-    scale = 100 / NUM_BINS
-    return [
-        {"x": round(a * scale, 2), "width": round((b - a) * scale, 2)}
-        for a, b in edges.reshape(-1, 2).tolist()
-    ]
+def _marked(clips: Iterable[ClipRecord], duration: float, gap: float) -> list[dict]:
+    """Where clips lie, as bars: x and width in percent. Those no further apart than `gap` join."""
+    spans = []
+    for t0, t1 in sorted(clip.span for clip in clips):
+        if spans and t0 - spans[-1][1] <= gap:
+            spans[-1][1] = max(t1, spans[-1][1])
+        else:
+            spans.append([t0, t1])
+    scale = 100 / duration
+    return [{"x": round(a * scale, 4), "width": round((b - a) * scale, 4)} for a, b in spans]
 
 
 def _boxes(items: Sequence[dict], duration: float) -> list[dict]:
-    """The items in order of time, each with its row, x and width in percent."""
+    """The items in order of time, each with its row, x and width in percent.
+
+    `width` is at least NARROWEST, and then `true_width` is what the script makes it in a closer
+    view.
+    """
     items = sorted(items, key=lambda item: (item["span"], item["id"]))
-    xs = []
-    for item in items:
+    boxes = []
+    for item, row in zip(items, _packed(item["span"] for item in items), strict=True):
         x0, x1 = (min(max(100 * t / duration, 0.0), 100.0) for t in item["span"])
-        xs.append((min(x0, 100 - NARROWEST), max(x1, x0 + NARROWEST)))
-    return [
-        item | {"row": row, "x": round(x0, 3), "width": round(x1 - x0, 3)}
-        for item, row, (x0, x1) in zip(items, _packed(xs), xs, strict=True)
-    ]
+        width = round(max(x1 - x0, 0.0), 5)
+        box = {"row": row, "x": round(x0, 4), "width": max(width, NARROWEST)}
+        boxes.append(item | box | {"true_width": width if width < NARROWEST else None})
+    return boxes
 
 
 class Drawn(NamedTuple):
@@ -237,7 +232,7 @@ def draw_video(drawn: Drawn, pictures: Pictures) -> dict:
     return {
         "id": f"v{drawn.number}",
         "title": shorten(Path(view.source).name or view.video_id, 120),
-        "source": shorten(view.source),
+        "video_id": view.video_id,
         "duration": duration,
         # A minute is then about as wide as the screen.
         "max_zoom": 2 ** max(3, min(12, math.ceil(math.log2(duration / MINUTE)))),
@@ -249,6 +244,6 @@ def draw_video(drawn: Drawn, pictures: Pictures) -> dict:
         ],
         "num_discarded": sum(clip.node_id < 0 for clip in gone),
         "num_forgotten": sum(clip.node_id >= 0 for clip in gone),
-        "gone": _marked(gone, duration),
+        "gone": _marked(gone, duration, max(0.05, duration / MAX_MARKS * (len(gone) > MAX_MARKS))),
         "graph": draw_graph(list(drawn.entities.values()), view.relations, together),
     }
