@@ -106,6 +106,20 @@ def as_json(answer: Answer) -> dict:
     }
 
 
+def told(answer: Answer) -> str:
+    """The answer for a person: what it is, and below that the places that it rests on."""
+    lines = [answer.text]
+    for option, probability in zip(answer.options, answer.probabilities, strict=True):
+        lines.append(f"  {probability:5.1%}  {option}")
+    if answer.options and not answer.found:
+        lines.append(f"({NOT_FOUND}: a guess)")
+    for moment in answer.moments:
+        where = f"{moment.video} " if len(answer.videos) > 1 else ""
+        lines.append(f"  {where}{_during(moment.span)}  {moment.text}")
+        lines.extend(f"    {name}" for name in moment.frames)
+    return "\n".join(lines)
+
+
 def load_embed_fn(cache_dir: str | os.PathLike | None = None) -> EmbedFn:
     """The sentence encoder that memories of video are made with, fetched the first time."""
     encoder, tokenizer = text_encoder.load_text_encoder(weights.fetch_minilm(cache_dir))
@@ -287,7 +301,11 @@ def _text(loaded: Loaded, options, probabilities, moments, found: bool) -> str:
         return NOT_FOUND
     best = moments[0]
     where = f" of {best.video}" if len(loaded.stores) > 1 else ""
-    return f"{_clock(best.span[0])}-{_clock(best.span[1])}{where}: {best.text}"
+    return f"{_during(best.span)}{where}: {best.text}"
+
+
+def _during(span: tuple[float, float]) -> str:
+    return "-".join(map(_clock, span))
 
 
 def _clock(seconds: float) -> str:

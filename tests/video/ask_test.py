@@ -170,6 +170,18 @@ class TestAnswer:
         del first["seconds"], second["seconds"]
         assert json.loads(json.dumps(first, allow_nan=False)) == second
 
+    def test_is_told_with_its_places(self, loaded):
+        found = answer(loaded, f"1 {told(loaded, 0)[0]}")
+        lines = asking.told(found).splitlines()
+        assert lines[0] == found.text
+        for moment in found.moments:
+            assert any(moment.video in line and moment.text in line for line in lines[1:])
+            assert any(line.strip() in moment.frames for line in lines)
+        guess = asking.told(answer(loaded, ORTHOGONAL, ("a", "b"))).splitlines()
+        assert guess[0] == "a"
+        assert [line.split() for line in guess[1:3]] == [["50.0%", "a"], ["50.0%", "b"]]
+        assert asking.NOT_FOUND in guess[3]
+
     def test_words_come_from_the_evidence(self, loaded):
         heard = []
 
