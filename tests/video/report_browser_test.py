@@ -104,7 +104,7 @@ def test_keys_move_and_select(show, text):
     page.keyboard.press("Enter")
     assert panel.locator("h4").inner_text() == "Clip 0, 0:00–0:10"
     assert "A person and a dog" in panel.inner_text()
-    assert panel.locator("svg.frame").count() == 1
+    assert panel.locator("svg.frame").count() == 2
     page.keyboard.press("ArrowUp")
     page.keyboard.press(" ")
     assert panel.locator("h4").inner_text() == "Episode 0:00–0:40"

@@ -263,9 +263,11 @@ class TestPage:
         assert "holds no video" in page.text
         assert "Nothing was asked" in page.text
         page = _Page(report.page([VideoView("new", "new.mp4", [])]))
-        assert "no clips" in page.text
-        assert "No entity is held." in page.text
+        assert "Nothing is remembered of it yet." in page.text
         assert not page.classed("item")
+        page = _Page(report.page([_view()._replace(episodes=(), entities=(), relations=())]))
+        assert "no episodes" in page.text
+        assert "No entity is held." in page.text
 
     def test_a_video_without_questions_or_frames(self):
         clips = [c._replace(frames=()) for c in _view().clips]
@@ -320,10 +322,10 @@ class TestPage:
         assert max(np.diff(pictured)) < 100
 
     def test_a_picture_that_cannot_be_read_is_counted(self):
-        clips = [c._replace(frames=((c.span[0], b"no jpeg"),)) for c in _view().clips[:2]]
+        clips = [c._replace(frames=((c.span[0], b"no jpeg"),) * 2) for c in _view().clips[:2]]
         page = _Page(report.page([_view()._replace(clips=clips)]))
         assert not page.named("image")
-        assert "2 could not be read" in page.text
+        assert "4 could not be read" in page.text
 
 
 def test_small_jpeg_bounds_size_and_bytes(tmp_path):
@@ -387,7 +389,7 @@ class TestWriteReport:
         assert {"v0-e0", "v0-e1", "v0-e2"} <= items
         for text in ("a <walk>.mp4", "Where is the <dog>?", "person", "1 clip discarded"):
             assert text in page.text
-        assert len(page.named("image")) == 5
+        assert len(page.named("image")) == 10
         assert page.text.count("held verbatim") == 4  # of five: the buffer has four slots
         names = {name for name in NAMES if f"<title>Entity {name}," in out.read_text()}
         assert names == set(NAMES[:7])

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from mmmem_jax import store
 from mmmem_jax.store.layout import write_whole
-from mmmem_jax.video.report.pictures import Pictures
+from mmmem_jax.video.report.pictures import MAX_FRAMES, Pictures
 from mmmem_jax.video.report.pyramid import choose, draw_video
 from mmmem_jax.video.report.questions import draw_question
 from mmmem_jax.video.report.text import clock, during, sample
@@ -67,8 +67,9 @@ def _render(videos: Sequence[VideoView], questions: Sequence[Mapping], part: int
     asked = [draw_question(row, chosen, pictures) for row in newest]
     clips = [(drawn.number, clip) for drawn in chosen for clip in drawn.clips if clip.frames]
     pictures.most = MAX_PICTURES // part
-    for number, clip in sample(clips, pictures.room):
-        pictures.of(number, clip)
+    for frame in range(MAX_FRAMES):
+        for number, clip in sample(clips, pictures.room):
+            pictures.of(number, clip, frame)
     pictures.most = 0
     text = _template().render(
         videos=[draw_video(drawn, pictures) for drawn in chosen],

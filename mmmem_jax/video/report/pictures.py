@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from mmmem_jax.store import ClipRecord
 
 SIZE, MAX_BYTES = (160, 120), 8_000  # of one picture
+MAX_FRAMES = 3  # of a clip
 
 
 class Pictures:
@@ -18,14 +19,19 @@ class Pictures:
         self.shown: list[dict] = []  # id, width, height, time, data URI
         self.unreadable = 0
         self.most = most
-        self._found: dict[tuple[int, int], dict | None] = {}
+        self._found: dict[tuple[int, int, int], dict | None] = {}
 
-    def of(self, video: int, clip: ClipRecord) -> dict | None:
-        """The first key frame of a clip; None where it has none, or the page no room."""
-        key = (video, clip.index)
+    def of(self, video: int, clip: ClipRecord, frame: int = 0) -> dict | None:
+        """A key frame of a clip; None where there is none, or no room on the page."""
+        key = (video, clip.index, frame)
         if key not in self._found and self.room:
-            self._found[key] = self._make(*clip.frames[0]) if clip.frames else None
+            self._found[key] = self._make(*clip.frames[frame]) if len(clip.frames) > frame else None
         return self._found.get(key)
+
+    def all(self, video: int, clip: ClipRecord) -> list[dict]:
+        """The key frames of a clip that the page has."""
+        found = (self.of(video, clip, frame) for frame in range(MAX_FRAMES))
+        return [picture for picture in found if picture]
 
     @property
     def room(self) -> int:

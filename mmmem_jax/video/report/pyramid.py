@@ -144,7 +144,7 @@ def _sensory(drawn: Drawn, pictures: Pictures) -> list[dict]:
                 "caption": shorten(clip.caption),
                 "subtitles": shorten(clip.subtitles),
                 "labels": [(shorten(name, MAX_NAME), float(p)) for name, p in clip.labels[:4]],
-                "picture": pictures.of(drawn.number, clip),
+                "pictures": pictures.all(drawn.number, clip),
                 "action": ACTIONS.get(clip.action, "kept"),
                 "links": [drawn.episode_link(clip.node_id)],
                 "entities": [
@@ -233,6 +233,7 @@ def draw_video(drawn: Drawn, pictures: Pictures) -> dict:
         "id": f"v{drawn.number}",
         "title": shorten(Path(view.source).name or view.video_id, 120),
         "video_id": view.video_id,
+        "empty": not ends,
         "duration": duration,
         # A minute is then about as wide as the screen.
         "max_zoom": 2 ** max(3, min(12, math.ceil(math.log2(duration / MINUTE)))),
