@@ -247,11 +247,14 @@ class TestGenerate:
     def test_text_in_text_out(self, tiny):
         assert isinstance(generate(*tiny, "the cat", max_new_tokens=8), str)
 
-    def test_one_program_for_prompts_of_one_bucket(self, tiny):
+    def test_one_program_for_prompts_of_one_bucket(self, tiny, monkeypatch):
         generate(*tiny, "the", max_new_tokens=3)
-        before = generate_tokens.jitted_fn._cache_size()
+        traced = []
+        monkeypatch.setattr(small_lm, "decode", lambda *args: traced.append(1) or decode(*args))
         generate(*tiny, "the cat and the cat", max_new_tokens=9)
-        assert generate_tokens.jitted_fn._cache_size() == before
+        assert not traced
+        generate(*tiny, "x" * 200, max_new_tokens=9)
+        assert traced  # longer than 256: another program
 
     def test_a_prompt_that_does_not_fit(self, tiny):
         with pytest.raises(UserError, match="takes 400; give less evidence"):
