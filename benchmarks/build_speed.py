@@ -5,10 +5,11 @@ before, in less than 2 GB, and a video 8 times as long takes no more time for ea
 
     python benchmarks/build_speed.py VIDEO [--full]
 
-The long video is VIDEO repeated (--times, 2 without --full); load is the machine's, 1 minute, as it starts. Each is built in a process of its own
+The long video is VIDEO repeated (--times, 2 without --full). Each is built in a process of its own
 after a few seconds of a made video. Keys: seconds, rtf (seconds of work for each second of video),
 peak_rss_mb, stages (seconds; decode and segment run on a thread beside perceive and remember),
-clips; long: the same of the long video; long_ratio: its rtf over the short one's.
+clips; long: the same of the long video; long_ratio: its rtf over the short one's; load is the
+machine's, 1 minute, as it starts.
 """
 
 import json

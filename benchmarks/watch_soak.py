@@ -1,8 +1,8 @@
 """Watching for hours: memory and time per frame stay flat, and a kill loses no clip.
 
 Claim: over hours of stream the resident memory and the time for each frame change by less than 5%,
-frames are dropped only where the stream is faster than the machine, and are counted; every clip that
-was reported is there after kill -9.
+frames are dropped only where the stream is faster than the machine, and are counted; every clip
+that was reported is there after kill -9.
 
     python benchmarks/watch_soak.py VIDEO [--full]
 
@@ -39,7 +39,8 @@ from mmmem_jax.video import build, watch
 builder = build.make_builder(build.Settings(sys.argv[3], slots=64))
 def tell(done):
     print(done.record.index, flush=True)
-watch.watch(builder, sys.argv[1], Path(sys.argv[2]), "killed", speed=float(sys.argv[4]), on_clip=tell)
+video, folder, _, speed = sys.argv[1:]
+watch.watch(builder, video, Path(folder), "killed", speed=float(speed), on_clip=tell)
 """
 
 
