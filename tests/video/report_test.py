@@ -20,6 +20,7 @@ from mmmem_jax.video.report import EntityView, EpisodeView, RelationView, VideoV
 from mmmem_jax.video.report.graph import spring_layout
 from mmmem_jax.video.report.page import MAX_PAGE_BYTES, MAX_PICTURES
 from mmmem_jax.video.report.pictures import small_jpeg
+from mmmem_jax.video.report.text import fair
 
 HOSTILE = "</script></title>'\"><img src=x onerror=alert(1)>&amp;{{ 7*7 }}<!-- \udcff"
 NAMES = "person dog bicycle car bench tree ball umbrella bird handbag".split()
@@ -403,3 +404,12 @@ class TestWriteReport:
             report.write_report(tmp_path / "gone", tmp_path / "page.html")
         with pytest.raises(UserError, match="cannot write"):
             report.write_report(memory_dir, tmp_path / "gone" / "page.html")
+
+
+@pytest.mark.parametrize("counts", [(), (5,), (1, 2, 90), (0, 50, 50), (7,) * 13])
+@pytest.mark.parametrize("most", [13, 40, 150])
+def test_videos_share_the_room_fairly(counts, most):
+    share = fair(counts, most)
+    drawn = [min(count, share) for count in counts]
+    assert sum(drawn) <= most
+    assert drawn == list(counts) or most - sum(drawn) < len(counts)

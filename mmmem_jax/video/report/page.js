@@ -89,9 +89,13 @@ function refresh(board) {
     axis.append(drawn(axis, "line", { x1: x, x2: x, y1: 0, y2: 5 }), label);
   }
   const left = scroll.getBoundingClientRect().left;
-  for (const name of board.querySelectorAll(".lane:not(.sensory) text")) {
-    const hidden = left - name.parentElement.getBoundingClientRect().left;
-    name.setAttribute("x", Math.max(0, hidden) + 5);
+  const names = [...board.querySelectorAll(".lane:not(.sensory) text")].map((name) => {
+    const box = name.parentElement.querySelector(".ring").getBoundingClientRect();
+    return { name, x: Math.max(0, left - box.left) + 5, room: box.width - 6, needs: (name.needs ??= name.getComputedTextLength()) };
+  });
+  for (const { name, x, room, needs } of names) {
+    name.setAttribute("x", x);
+    name.style.visibility = needs <= room ? "visible" : "hidden";
   }
 }
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from mmmem_jax import store
 from mmmem_jax.store.layout import write_whole
@@ -36,11 +35,11 @@ def _template() -> jinja2.Template:
 
 
 @functools.cache
-def _inline(name: str) -> tuple[Markup, str]:
+def _inline(name: str) -> tuple[str, str]:
     """A style sheet or script of this folder, and its hash for the content security policy."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return Markup(text), Markup(f"'sha256-{digest}'")
+    return text, f"'sha256-{digest}'"
 
 
 def page(videos: Sequence[VideoView], questions: Sequence[Mapping] = ()) -> str:
@@ -61,7 +60,7 @@ def _render(videos: Sequence[VideoView], questions: Sequence[Mapping], part: int
     """The page with 1 / part of the items, questions and pictures that it may have."""
     shown = videos[:MAX_VIDEOS]
     pictures = Pictures(MAX_PICTURES // part // 2)
-    chosen = [choose(i, view, part * len(shown)) for i, view in enumerate(shown)]
+    chosen = choose(shown, part)
     # Key frames that answers rest on may take half of the room, an even choice of all the rest.
     newest = questions[: -MAX_QUESTIONS // part - 1 : -1]
     asked = [draw_question(row, chosen, pictures) for row in newest]

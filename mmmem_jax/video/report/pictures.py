@@ -4,7 +4,7 @@ import base64
 import io
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmmem_jax.store import ClipRecord
 
@@ -57,7 +57,7 @@ def small_jpeg(jpeg: bytes | Path) -> tuple[bytes, int, int] | None:
         with Image.open(source, formats=["JPEG"]) as file:
             file.draft("RGB", SIZE)  # decodes no more pixels than it must
             image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+    except (OSError, Image.DecompressionBombError):
         return None
     image.thumbnail(SIZE)
     for quality in (60, 35, 15):

@@ -21,6 +21,7 @@ from mmmem_jax.video.report.text import (
     MINUTE,
     clock,
     during,
+    fair,
     sample,
     shorten,
 )
@@ -114,20 +115,27 @@ class Drawn(NamedTuple):
         return {slot for slot in found if end > np.float32(self.entities[slot].span[0])}
 
 
-def choose(number: int, view: VideoView, share: int) -> Drawn:
-    """An even choice of clips and episodes, the most mentioned entities; 1 / share of the room."""
-    kept = [clip for clip in view.clips if clip.item is not None and clip.node_id >= 0]
-    episodes = sample(view.episodes, max(MAX_EPISODES // share, 1))
-    mentioned = sorted(view.entities, key=lambda entity: (-entity.mentions, entity.slot))
-    entities = mentioned[: min(max(MAX_ENTITIES // share, 1), MAX_ROWS)]
-    return Drawn(
-        number,
-        view,
-        kept,
-        sample(kept, max(MAX_CLIPS // share, 1)),
-        {episode.node_id: episode for episode in episodes},
-        {entity.slot: entity for entity in entities},
-    )
+def choose(views: Sequence[VideoView], part: int) -> list[Drawn]:
+    """An even choice of clips and episodes, the most mentioned entities: 1 / part of all room."""
+    kept = [[c for c in view.clips if c.item is not None and c.node_id >= 0] for view in views]
+    clips = fair([len(clips) for clips in kept], MAX_CLIPS // part)
+    episodes = fair([len(view.episodes) for view in views], MAX_EPISODES // part)
+    entities = fair([len(view.entities) for view in views], MAX_ENTITIES // part)
+    return [
+        Drawn(
+            number,
+            view,
+            kept[number],
+            sample(kept[number], clips),
+            {e.node_id: e for e in sample(view.episodes, episodes)},
+            {e.slot: e for e in _most_mentioned(view.entities, min(entities, MAX_ROWS))},
+        )
+        for number, view in enumerate(views)
+    ]
+
+
+def _most_mentioned(entities: Iterable[EntityView], most: int) -> list[EntityView]:
+    return sorted(entities, key=lambda entity: (-entity.mentions, entity.slot))[:most]
 
 
 def _sensory(drawn: Drawn, pictures: Pictures) -> list[dict]:
@@ -236,7 +244,7 @@ def draw_video(drawn: Drawn, pictures: Pictures) -> dict:
         "empty": not ends,
         "duration": duration,
         # A minute is then about as wide as the screen.
-        "max_zoom": 2 ** max(3, min(12, math.ceil(math.log2(duration / MINUTE)))),
+        "max_zoom": 2 ** max(4, min(12, math.ceil(math.log2(duration / MINUTE)))),
         "ticks": _ticks(duration),
         "lanes": [
             _lane("schema", "entities", len(view.entities), _schema(drawn), duration),

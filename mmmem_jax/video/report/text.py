@@ -16,6 +16,16 @@ def sample(items: Sequence, count: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
+def fair(counts: Sequence[int], most: int) -> int:
+    """How many each may have, at least 1, so that together they have no more than `most`."""
+    for number, count in enumerate(sorted(counts)):
+        share = most // (len(counts) - number)
+        if count > share:
+            return max(share, 1)
+        most -= count
+    return max(counts, default=1)
+
+
 def shorten(text: object, most: int = MAX_TEXT) -> str:
     """One line of at most that many characters."""
     line = " ".join(("" if text is None else str(text)).split())
