@@ -247,7 +247,7 @@ class TestPage:
             {"trace": 3, "options": "ab", "probabilities": [None, "x"], "moments": [1, {}]},
             {"question": ["q"], "text": {"a": 1}, "gamma": True, "at": "now", "stop_level": [1]},
             {"trace": [{"level": 7, "slots": [{"span": [1], "video": {}}], "answer_entropy": "h"}]},
-            {"options": ["a"], "probabilities": [float("nan")], "gamma": float("inf")},
+            {"options": ["a"], "probabilities": [float("nan")], "gamma": 10**400},
         ],
     )
     def test_a_question_of_another_form_is_no_error(self, row):
