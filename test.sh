@@ -40,6 +40,8 @@ done
 if [[ -z ${MMMEM_EGOLIFE_DIR:-} && -d $clone/../shared/data/egolife ]]; then
   export MMMEM_EGOLIFE_DIR=$clone/../shared/data/egolife
 fi
+export MMMEM_ARTEFACTS=${MMMEM_ARTEFACTS:-$clone/.ci/artefacts} # screenshots of what was tested
+mkdir -p -- "$MMMEM_ARTEFACTS"
 export JAX_COMPILATION_CACHE_DIR=$venv/jax_cache # kept between runs
 cd -- "$stage/elsewhere"
 MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax "$python" -m pytest --numprocesses 2 "$@"

@@ -3,32 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import numpy as np
 
 MAX_NODES = 30  # the most mentioned
 WIDTH, HEIGHT, MARGIN_X, MARGIN_Y = 900, 520, 70, 40
 
 
-def spring_layout(num_nodes: int, edges: np.ndarray, *, num_steps: int = 300) -> np.ndarray:
-    """Positions [N, 2] in [0, 1] by force-directed placement (Fruchterman & Reingold, 1991).
-
-    Nodes repel by 1 / distance and edges [E, 2] pull by its square, as nodes are drawn to the
-    centre, so that no component drifts off. Starts on a circle: no draw, the same picture always.
-    """
-    angle = 2 * np.pi * np.arange(num_nodes) / max(num_nodes, 1)
-    at = 0.5 + 0.4 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+def spring_layout(num_nodes: int, edges: np.ndarray) -> np.ndarray:
+    """Positions [N, 2] in [0, 1] of nodes joined by edges [E, 2]; the same picture always."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(num_nodes))
+    graph.add_edges_from(map(tuple, edges.tolist()))
     if num_nodes < 2:
         return np.full((num_nodes, 2), 0.5)
-    joined = np.zeros((num_nodes, num_nodes))
-    joined[edges[:, 0], edges[:, 1]] = joined[edges[:, 1], edges[:, 0]] = 1
-    ideal = 0.8 / np.sqrt(num_nodes)
-    for step in range(num_steps):
-        apart = at[:, None] - at[None]
-        distance = np.maximum(np.linalg.norm(apart, axis=-1), 1e-3)
-        force = (ideal / distance) ** 2 - joined * distance / ideal
-        move = (apart * force[..., None]).sum(1) - (at - 0.5) * 0.5
-        length = np.maximum(np.linalg.norm(move, axis=-1, keepdims=True), 1e-9)
-        at = at + move / length * np.minimum(length, 0.1 * (1 - step / num_steps))
+    placed = nx.forceatlas2_layout(graph, max_iter=200, seed=0)  # its gravity keeps parts together
+    at = np.array([placed[i] for i in range(num_nodes)])
     low, high = at.min(0), at.max(0)
     return (at - low) / np.maximum(high - low, 1e-9)
 
