@@ -91,7 +91,9 @@ class Answer(NamedTuple):
     probabilities: tuple[float, ...]  # of the options, in their order
     moments: tuple[Moment, ...]  # best first
     gamma: float  # nats
-    trace: tuple[dict, ...]  # a step each: level, slots, tokens, answer_entropy (nats)
+    trace: tuple[
+        dict, ...
+    ]  # a step that read something each: level, slots, tokens, answer_entropy (nats)
     stop_level: str | None  # None: there was nothing to search
     retrieval_entropy: dict[str, float]  # nats, by level
     entities: tuple[str, ...]  # names read
@@ -253,10 +255,9 @@ def answer(
         )  # fmt: skip
     )
     lap("search")
-    empty = not any(np.any(getattr(loaded.joined.state, level).valid) for level in LEVELS)
     # A name that fits is no evidence: what it is grounded in must fit by itself.
     score = float(result.scores[: -len(loaded.joined.schema)].max())
-    found = not empty and score >= found_at
+    found = video_search.LOWEST < score >= found_at
     moments = _read_moments(loaded, result, wanted[0].reshape(-1, wanted[0].shape[-1])[0])
     lap("read")
     probabilities = np.exp(result.output.log_probs[0, : len(options)])
@@ -265,7 +266,8 @@ def answer(
         text = word_fn(question, [moment.text for moment in moments])
         lap("word")
     stop = int(result.output.stop_step[0])
-    trace = [] if empty else [_step(loaded, result, step, config) for step in range(stop + 1)]
+    steps = [_step(loaded, result, step, config) for step in range(stop + 1)]
+    trace = [step for step in steps if step["slots"]]  # a step that found nothing read nothing
     read = [slot["text"] for step in trace for slot in step["slots"] if slot["level"] == "schema"]
     entropies = result.output.retrieval_entropy[0].tolist()
     return Answer(
@@ -280,7 +282,7 @@ def answer(
         moments=moments if found else (),
         gamma=float(result.gamma),
         trace=tuple(trace),
-        stop_level=None if empty else LEVELS[int(result.output.stop_level[0])],
+        stop_level=trace[-1]["level"] if trace else None,
         retrieval_entropy=dict(zip(LEVELS, entropies, strict=True)),
         entities=tuple(dict.fromkeys(filter(None, read))),
         tokens_read=int(result.output.tokens_read[0]),

@@ -165,6 +165,7 @@ class TestAnswer:
             (step["level"] for step in found.trace), key=LEVELS.index
         )
         assert found.trace[-1]["level"] == found.stop_level
+        assert all(step["slots"] for step in found.trace)
         assert found.tokens_read == sum(step["tokens"] for step in found.trace)
         assert [len(step["slots"]) for step in found.trace[:3]] == [5, 2, 2][: len(found.trace)]
         seen = [(s["video"], s["level"], s["slot"]) for x in found.trace for s in x["slots"]]
@@ -231,6 +232,13 @@ class TestLoad:
                 assert found.trace == found.moments == ()
                 json.dumps(asking.as_json(found), allow_nan=False)
             assert found.probabilities == pytest.approx((1 / 3,) * 3)
+
+    def test_steps_that_read_nothing_are_left_out(self, folder):
+        with asking.load(folder, at=3.0, videos=["video-1"], space=SPACE) as then:
+            found = answer(then, "1 0", found_at=-99)
+        held = sum(int(getattr(then.states[0], level).valid.sum()) for level in LEVELS)
+        assert 0 < sum(len(step["slots"]) for step in found.trace) <= held
+        assert all(step["slots"] for step in found.trace)
 
     def test_only_the_videos_asked_for(self, folder):
         with asking.load(folder, videos=["video-2"], space=SPACE) as one:
