@@ -1,4 +1,4 @@
-"""Captions of clips: plain sentences from labels, motion and subtitles, and nothing else.
+"""Captions of clips: plain sentences from labels, colours, motion and subtitles, nothing else.
 
 What the network is unsure of is said to be so; what it does not know is not said.
 """
@@ -20,6 +20,7 @@ def caption(
     *,
     motion: float,
     brightness: float,
+    colours: str = "",
     subtitles: str = "",
 ) -> str:
     """A sentence or two about a clip.
@@ -28,13 +29,14 @@ def caption(
       labels: (name, probability), in any order; the surest MAX_LABELS are named.
       motion: mean absolute difference of consecutive frames, 0 to 255.
       brightness: mean grey level, 0 to 255.
+      colours: what they are, see colours.described.
       subtitles: what was said or written meanwhile, quoted as it is.
 
     Returns:
-      Such as 'A tabby cat and perhaps a sofa, moving slowly. Subtitle: "Come here."'
+      Such as 'A tabby cat, mostly grey and blue, moving slowly. Subtitle: "Come here."'
     """
     seen = _seen(labels)
-    told = [part for part in (seen, _light(brightness), _motion(motion)) if part]
+    told = [part for part in (seen, colours, _light(brightness), _motion(motion)) if part]
     sentence = ", ".join(told)
     sentence = f"{sentence[:1].upper()}{sentence[1:]}."
     return f'{sentence} Subtitle: "{subtitles}"' if subtitles else sentence

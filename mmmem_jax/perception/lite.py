@@ -15,7 +15,7 @@ from mmmem_jax.models import weights
 from mmmem_jax.models.conse import Labels, SeeFn, load_labels, make_see_fn
 from mmmem_jax.models.efficientnet_lite import load_efficientnet_lite0
 from mmmem_jax.models.text_encoder import BertEncoder, encode_texts, load_text_encoder
-from mmmem_jax.perception import describe, salient
+from mmmem_jax.perception import colours, describe, salient
 from mmmem_jax.perception.decode import Frame
 from mmmem_jax.perception.segment import Clip
 
@@ -71,6 +71,7 @@ class _Views(NamedTuple):
     schema: tuple[int, ...]  # positions in `episodic`
     motion: float
     brightness: float
+    colours: str
 
 
 def load_perception() -> Perception:
@@ -101,7 +102,11 @@ def perceive(
     subtitles = [" ".join(dict.fromkeys(cue.text for cue in clip.cues)) for clip in clips]
     captions = [
         describe.caption(
-            sight.labels, motion=view.motion, brightness=view.brightness, subtitles=told
+            sight.labels,
+            motion=view.motion,
+            brightness=view.brightness,
+            colours=view.colours,
+            subtitles=told,
         )
         for sight, view, told in zip(sights, views, subtitles, strict=True)
     ]
@@ -135,6 +140,7 @@ def _choose_views(clip: Clip) -> _Views:
         schema=tuple(_every([clip.frames[i] for i in episodic], SCHEMA_FPS)),
         motion=float(np.abs(np.diff(small, axis=0)).mean()) if len(small) > 1 else 0.0,
         brightness=float(small.mean()),
+        colours=colours.described(colours.shares(small[episodic, ::4, ::4].astype(np.uint8))),
     )
 
 

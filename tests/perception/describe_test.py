@@ -18,6 +18,7 @@ labels = st.lists(
         ([("tabby cat", 0.7), ("sofa", 0.2)], STEADY,
          "A tabby cat and perhaps a sofa, moving slowly."),
         ([("apple", 0.9)], {"motion": 0.0, "brightness": 120.0}, "An apple, not moving."),
+        ([("bus", 0.9)], STEADY | {"colours": "mostly red"}, "A bus, mostly red, moving slowly."),
         ([], {"motion": 30.0, "brightness": 3.0}, "A scene, in the dark, moving fast."),
         ([("bus", 0.2), ("cab", 0.3), ("car", 0.4)], STEADY,
          "Perhaps a car, perhaps a cab and perhaps a bus, moving slowly."),
