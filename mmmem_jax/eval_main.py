@@ -5,8 +5,9 @@
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
 
 Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
-results. --follow, which may be started before main, first evaluates every checkpoint as it
-appears, until training has ended: the learned manager alone, one line a checkpoint in curve.jsonl.
+results; of a lite run results.json alone. --follow, which may be started before main, first
+evaluates every checkpoint as it appears, until training has ended: the learned manager alone, one
+line a checkpoint in curve.jsonl.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,9 @@ NUM_STREAMS = flags.DEFINE_integer(
 TIMEOUT = flags.DEFINE_integer(
     "timeout", 3600, "Seconds --follow waits for what main writes next.", flag_values=FLAGS
 )
+EXPORT = flags.DEFINE_string(
+    "export", None, "Folder to write the manager of a lite run to, to ship it.", flag_values=FLAGS
+)
 
 
 def wait_if_following(ready: Callable[[], bool], what: str) -> None:
@@ -61,13 +65,17 @@ def evaluate_world(workdir: Path) -> None:
     print(f"report: {workdir / 'eval' / 'report.html'}")
 
 
-def evaluate_text(workdir: Path) -> None:
-    """Evaluates a run on timed text."""
+def _no_num_streams(job: str, source: str) -> None:
     if NUM_STREAMS.value is not None:
         raise UserError(
-            "--num_streams does not apply to a text run, whose held-out streams are those of its"
-            " data; leave it out"
+            f"--num_streams does not apply to a {job} run, whose held-out streams are those of its"
+            f" {source}; leave it out"
         )
+
+
+def evaluate_text(workdir: Path) -> None:
+    """Evaluates a run on timed text."""
+    _no_num_streams("text", "data")
     from mmmem_jax.evals import text_eval
     from mmmem_jax.train import text_job
 
@@ -80,7 +88,24 @@ def evaluate_text(workdir: Path) -> None:
     print(f"report: {workdir / 'eval' / 'report.html'}")
 
 
-JOBS = {"world": evaluate_world, "text": evaluate_text}
+def evaluate_lite(workdir: Path) -> None:
+    """Evaluates a run on made clips, and exports its manager where --export says so."""
+    _no_num_streams("lite", "config")
+    from mmmem_jax.evals import lite_eval
+    from mmmem_jax.train import text_job
+
+    run = lite_eval.load_run(workdir)
+    if FOLLOW.value:
+        lite_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
+    model, step = text_job.load_manager(run.config, workdir, STEP.value)
+    results = lite_eval.full_evaluation(run, workdir, step, model)
+    print(lite_eval.format_tables(results["table"]))
+    if EXPORT.value:
+        lite_eval.export(run, workdir, model, results, Path(EXPORT.value))
+        print(f"manager: {EXPORT.value}")
+
+
+JOBS = {"world": evaluate_world, "text": evaluate_text, "lite": evaluate_lite}
 
 
 def main(argv: list[str]) -> None:
@@ -98,6 +123,8 @@ def main(argv: list[str]) -> None:
     config = checkpoints.read_config(workdir)
     if config.get("job") not in JOBS:
         raise UserError(f"{workdir / 'config.json'} names the unknown job {config.get('job')!r}")
+    if EXPORT.value and config["job"] != "lite":
+        raise UserError("--export writes managers of real videos, of configs/lite.py; leave it out")
     JOBS[config["job"]](workdir)
 
 

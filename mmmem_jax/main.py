@@ -20,7 +20,11 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints and metrics; required.", flag_values=FLAGS
 )
 
-JOBS = {"world": "mmmem_jax.train.world_job", "text": "mmmem_jax.train.text_job"}
+JOBS = {
+    "world": "mmmem_jax.train.world_job",
+    "text": "mmmem_jax.train.text_job",
+    "lite": "mmmem_jax.train.lite_job",
+}
 
 
 def main(argv: list[str]) -> None:

@@ -11,7 +11,9 @@ from mmmem_jax.memory import episodic, schema, slots
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, NUM_ACTIONS, Item, ManagerOutput, MemoryState
 from mmmem_jax.policies.sampling import sample_action
 
+NUM_ITEM_SCALARS = 4  # of `item_features`, after the two embeddings
 NUM_CONTEXT = 10
+SCHEMA_CONTEXT = (7, 8)  # those of `context_features` that the schema gives
 
 
 def item_features(item: Item) -> Float[Array, "... 2D+4"]:
@@ -64,7 +66,7 @@ class Manager(nnx.Module):
     """pi_theta(action | chunk, memory)."""
 
     def __init__(self, dim: int, hidden: int = 64, *, rngs: nnx.Rngs):
-        self.item = nnx.Linear(2 * dim + 4, hidden, rngs=rngs)
+        self.item = nnx.Linear(2 * dim + NUM_ITEM_SCALARS, hidden, rngs=rngs)
         self.context = nnx.Linear(NUM_CONTEXT, hidden, use_bias=False, rngs=rngs)
         self.mid = nnx.Linear(hidden, hidden, rngs=rngs)
         # A zero last layer starts from the uniform policy, so pi_ref favours no action.

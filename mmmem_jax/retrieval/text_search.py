@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mmmem_jax.memory import slots
 from mmmem_jax.memory.types import MemoryState
 
 
@@ -22,24 +23,43 @@ class Kept(NamedTuple):
     node: np.ndarray  # [R] int, id of the node that holds it
 
 
+def node_cosines(
+    state: MemoryState, query: Float[Array, "Q D"], *, visuals: bool = False
+) -> Float[Array, "Q N"]:
+    """Cosine of each question with each node's text, or with its nearest view where that is more.
+
+    With `visuals`, views share the space of text, and what fits best counts.
+    """
+    stream = state.episodic
+    norm = jnp.linalg.norm(stream.text, axis=-1, keepdims=True)
+    cosine = query @ (stream.text / jnp.maximum(norm, 1e-6)).T
+    if visuals:
+        views = jnp.einsum("qd,nkd->qkn", query, slots.unit(stream.prototypes))
+        cosine = jnp.maximum(cosine, views.max(1))
+    return cosine
+
+
 def evidence_mass(
     state: MemoryState,
     query: Float[Array, "Q D"],
     evidence: Int[Array, "Q S"],
     temperature: float | Array,
+    *,
+    visuals: bool = False,
+    rows_read: int = 1,
 ) -> Float[Array, "Q"]:
     """Probability that retrieval by softmax(cosine / temperature) lands on the evidence.
 
-    A node gives the share of the rows from its first to its last that are evidence. An empty
-    memory gives 0. `evidence` holds rows, -1 is padding.
+    A node gives the share of the rows from its first to its last that are evidence, times the
+    `rows_read` that are read of it, at most 1. An empty memory gives 0. `evidence` holds rows, -1
+    is padding. `visuals`: see `node_cosines`.
     """
     stream = state.episodic
-    norm = jnp.linalg.norm(stream.text, axis=-1, keepdims=True)
-    cosine = query @ (stream.text / jnp.maximum(norm, 1e-6)).T
+    cosine = node_cosines(state, query, visuals=visuals)
     first, last = stream.source[:, 0], stream.source[:, 1]
     found = evidence[..., None]
     inside = (found >= jnp.maximum(first, 0)) & (found <= last)  # [Q, S, N]
-    share = inside.sum(1) / (last - first + 1)
+    share = jnp.minimum(rows_read * (inside.sum(1) / (last - first + 1)), 1.0)
     log_p = jax.nn.log_softmax(jnp.where(stream.valid, cosine / temperature, -1e9))
     return jnp.sum(jnp.where(stream.valid, jnp.exp(log_p) * share, 0.0), axis=-1)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,12 +162,16 @@ def _question_entropy(
     return jnp.sum(jnp.where(valid, jnp.log(count / jnp.maximum(alike, 1)), 0.0)) / count
 
 
-def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.TaskFns]:
+def text_task(
+    temperature: float | jax.Array, *, visuals: bool = False, rows_read: int = 1
+) -> Callable[[EncodedStream], sib.TaskFns]:
     """What a batch's questions make of a memory: evidence mass, and its log for the bound.
 
     For the bound Y is the evidence of one of a segment's questions, each as likely to be asked; q
     mixes retrieval over the T rows with 5% of chance.
     """
+
+    mass_fn = functools.partial(evidence_mass, visuals=visuals, rows_read=rows_read)
 
     def make(batch: EncodedStream) -> sib.TaskFns:
         questions, evidence = to_questions(batch), jnp.asarray(batch.evidence)
@@ -177,7 +182,7 @@ def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.T
 
         def scored(value):
             def one(state: MemoryState, query, found, valid):
-                score = value(evidence_mass(state, query, found, temperature))
+                score = value(mass_fn(state, query, found, temperature))
                 return jnp.sum(jnp.where(valid, score, 0.0)) / jnp.maximum(valid.sum(), 1)
 
             over_group = jax.vmap(one, in_axes=(0, None, None, None))
@@ -195,19 +200,25 @@ def text_task(temperature: float | jax.Array) -> Callable[[EncodedStream], sib.T
     return make
 
 
-def calibrate_temperature(batch: EncodedStream) -> float:
-    """The temperature under which softmax retrieval from all rows of a batch is likeliest right."""
+def calibrate_temperature(batch: EncodedStream, *, visuals: bool = False) -> float:
+    """The temperature under which softmax retrieval from all rows of a batch is likeliest right.
+
+    With `visuals`, a row counts by its text or by its view, whichever fits the question better.
+    """
     items, questions = to_items(batch), to_questions(batch)
 
     @jax.jit
     def log_prob(temperature):
-        def one(text, valid, query, evidence, asked):
-            logits = jnp.where(valid, query @ text.T / temperature, -1e9)
+        def one(text, view, valid, query, evidence, asked):
+            cosine = query @ text.T
+            if visuals:
+                cosine = jnp.maximum(cosine, query @ view.T)
+            logits = jnp.where(valid, cosine / temperature, -1e9)
             found = jnp.any(evidence[..., None] == jnp.arange(len(text)), axis=1)
             mass = jnp.sum(jax.nn.softmax(logits) * found, axis=-1)
             return jnp.sum(jnp.where(asked, jnp.log(mass + 1e-6), 0.0)), asked.sum()
 
-        args = (items.text, items.valid, questions.query, jnp.asarray(batch.evidence))
+        args = (items.text, items.coarse, items.valid, questions.query, jnp.asarray(batch.evidence))
         total, count = jax.vmap(one)(*args, questions.valid)
         return total.sum() / jnp.maximum(count.sum(), 1)
 
@@ -220,18 +231,14 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
     Raises:
       UserError: if no question could be made from them.
     """
-    section, options = config.manager, sib.SibConfig(**config.sib)
+    section = config.manager
     if not any(stream.question_valid.any() for stream in train_streams):
         raise UserError(
             f"{config.data_dir}: no question can be made from the training rows; they need 4 to 40 "
             "words, and among them a word few other rows have (mmmem_jax/data/stream_questions.py)"
         )
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
-    sharding.check_divides(
-        mesh, batch_size=section.batch_size, num_generations=options.num_generations
-    )
 
-    def loader():
+    def make_loader():
         return text_streams.make_loader(
             train_streams,
             seed=config.seed,
@@ -240,16 +247,49 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
             num_questions=section.num_questions,
         )
 
-    temperature = calibrate_temperature(next(loader()))
+    memory = memory_config(config, section.num_rows, None)
+    return learn(config, workdir, make_manager(config), make_loader, memory)
+
+
+def learn(
+    config: ConfigDict,
+    workdir: Path,
+    model: Manager,
+    make_loader: Callable[[], grain.DatasetIterator],
+    memory: MemoryConfig,
+    *,
+    visuals: bool = False,
+    rows_read: int = 1,
+) -> Manager:
+    """SIB-GRPO on a loader's batches by `text_task`, in a workdir that is claimed now.
+
+    Args:
+      config: with sections `manager`, `sib` and `mesh`.
+      workdir: folder of the run.
+      model: the manager before its first update.
+      make_loader: gives an endless iterator of EncodedStream batches [B, T, ...], from its start.
+      memory: the memory that the manager fills.
+      visuals: whether views are retrieved by text, as `retrieval.text_search` has it.
+      rows_read: most rows that are read of the node retrieved.
+
+    Raises:
+      UserError: if the mesh cannot be, or the workdir is another config's.
+    """
+    section, options = config.manager, sib.SibConfig(**config.sib)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
+    sharding.check_divides(
+        mesh, batch_size=section.batch_size, num_generations=options.num_generations
+    )
+    batch = next(make_loader())
+    temperature = calibrate_temperature(batch, visuals=visuals)
     LOG.info("retrieval temperature %.2f", temperature)
-    model = make_manager(config)
     graphdef, _ = nnx.split(model)
     optimizer = manager_optimizer(config)
     update = sib.make_update(
         graphdef,
-        text_task(temperature),
+        text_task(temperature, visuals=visuals, rows_read=rows_read),
         optimizer,
-        memory_config(config, section.num_rows, None),
+        memory,
         options,
         shard=sharding.make_shard(mesh),
     )
@@ -259,7 +299,7 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
         "manager",
         sharding.replicate(mesh, start),
         update,
-        loader(),
+        make_loader(),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=FitConfig(
@@ -267,7 +307,7 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
             section.log_every,
             section.save_every,
             shown=("task_reward", "reward", "compression", "share_add", "policy_entropy"),
-            decisions_per_step=section.batch_size * options.num_generations * section.num_rows,
+            decisions_per_step=options.num_generations * batch.valid.size,
         ),
         put_batch=lambda batch: sharding.put_batch(mesh, batch),
     )
