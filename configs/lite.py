@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.cache_dir = ""  # empty: the user's cache folder
     config.seed = 0
     config.dim = 384  # of the encoder
-    config.slots = 48  # of the memory in training
+    config.slots = 16  # of the memory in training
     config.max_node_tokens = 256
     config.clips_read = 5  # of a node that was retrieved, at most
 
@@ -34,9 +34,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "hidden": 64, "log_every": 10, "save_every": 50}
     )  # fmt: skip
     config.sib = ml_collections.ConfigDict(
-        {"num_generations": 8, "block_size": 8, "credit": "step", "discount": 0.7,
-         "beta1": 5e-5, "beta2": 1e-4, "std": "batch", "ratio": "length_normalised",
-         "clip_low": 0.2, "clip_high": 0.2, "inner_epochs": 4, "entropy_bonus": 0.01}
+        {"num_generations": 8, "block_size": 8, "credit": "step", "discount": 0.9,
+         "beta1": 0.0, "beta2": 1e-4, "std": "batch", "ratio": "length_normalised",
+         "clip_low": 0.2, "clip_high": 0.2, "inner_epochs": 4, "entropy_bonus": 0.05}
     )  # fmt: skip
     config.eval = ml_collections.ConfigDict({"slots": (32, 64), "tokens_per_slot": 12})
 

@@ -121,7 +121,7 @@ def write_manager(model: manager.Manager, folder: Path, header: dict) -> None:
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     partial = folder / "manager.safetensors.tmp"
-    safetensors.flax.save_file(tensors, partial)
+    partial.write_bytes(safetensors.flax.save(tensors))
     partial.replace(folder / "manager.safetensors")
     provenance.write_json(folder / "manager.json", {"format": FORMAT, "version": VERSION, **header})
 
