@@ -197,7 +197,8 @@ def search_moments(
         return jnp.where(is_there, logits, -1e9)[None]
 
     gamma = jnp.asarray(gammas(config.confidence, count))[is_there.sum()]
-    output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gamma, config=config)
+    gate = jnp.where(is_there.sum() > 1, gamma, -1.0)  # the only moment is read before it is told
+    output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gate, config=config)
     return _answered(state, output, gamma, scores[0], moment_fn, best_item, config)
 
 

@@ -181,12 +181,18 @@ class TestMoments:
                 most = np.log(out.log_probs.shape[1]) + 1e-5
                 assert np.all((out.answer_entropy >= 0) & (out.answer_entropy <= most))
 
-    def test_one_moment_leaves_nothing_to_ask(self, state):
+    @pytest.mark.parametrize("entities", [True, False])
+    def test_the_only_moment_is_read_and_told(self, state, entities):
         one = state.episodic.replace(valid=state.episodic.valid & (jnp.arange(N2) == 0))
         gone = state.sensory.replace(valid=jnp.zeros(N1, bool))
-        out = moments(state.replace(episodic=one, sensory=gone), QUESTIONS[0][0])
-        assert float(out.gamma) == 0
-        assert np.all(np.asarray(out.output.answer_entropy) == 0)
+        graph = state.schema.replace(valid=state.schema.valid & entities)
+        alone = state.replace(episodic=one, sensory=gone, schema=graph)
+        for q in QUESTIONS[0]:
+            found = moments(alone, q)
+            assert float(found.gamma) == 0
+            assert np.all(np.asarray(found.output.answer_entropy) == 0)
+            assert found.moments.tolist() == [N1] + [-1] * 7
+            assert found.output.entered[0, N1] <= found.output.stop_step[0]
 
     def test_an_empty_memory_has_none(self):
         found = moments(memory.init(MEMORY), QUESTIONS[0][0])
