@@ -40,7 +40,7 @@ def toy_perception() -> Perception:
     # Words weigh more than places and than what the untrained layer adds.
     words = encoder.words.embedding
     words[...] = 3.0 * jax.random.normal(jax.random.key(1), words.shape)
-    embeddings, _ = encode_texts(encoder, tokenizer, [f"a photo of a {name}" for name in NAMES])
+    embeddings, _ = encode_texts(encoder, tokenizer, NAMES)
     labels = Labels(NAMES, embeddings)
     colours = np.array(COLOURS, np.float32)
 

@@ -64,7 +64,7 @@ def test_clips_follow_each_other_and_name_what_is_seen(toy_builder, scenes_video
     assert "10 clips" in build.told(built)
 
 
-@pytest.mark.parametrize("clips", [1, 4, 7])
+@pytest.mark.parametrize("clips", [1, 6])
 def test_killed_and_resumed_is_as_never_killed(toy_builder, scenes_video, tmp_path, clips):
     build.build(toy_builder, str(scenes_video), tmp_path / "whole")
     script = [sys.executable, "-c", KILLED, str(scenes_video), str(tmp_path / "killed"), str(clips)]
@@ -134,7 +134,7 @@ def test_a_bad_video_leaves_the_memory_as_it_was(toy_builder, scenes_video, tmp_
 
 class TestAhead:
     def test_gives_the_same_in_order(self):
-        assert list(build.ahead(iter(range(100)), 3)) == list(range(100))
+        assert list(build.ahead((i for i in range(100)), 3)) == list(range(100))
 
     def test_is_at_most_so_far_ahead(self):
         made = []

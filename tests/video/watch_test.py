@@ -41,11 +41,18 @@ def _start(video, memory):
     return subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.fixture
+def long_queue(monkeypatch):
+    """Nothing is dropped, however busy the machine."""
+    monkeypatch.setattr(watch, "QUEUE_SECONDS", 1000.0)
+
+
 def _clips_of(memory):
     with store.open_store(memory, "scenes") as video:
         return store.read_clips(video), store.progress(video)
 
 
+@pytest.mark.usefixtures("long_queue")
 def test_a_file_is_played_to_its_end(toy_builder, scenes_video, tmp_path):
     seen = []
     started = time.monotonic()
@@ -60,6 +67,7 @@ def test_a_file_is_played_to_its_end(toy_builder, scenes_video, tmp_path):
     assert watched[1] == built[1]
 
 
+@pytest.mark.usefixtures("long_queue")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_started_again_loses_nothing(toy_builder, scenes_video, tmp_path, kind):
     process = _start(scenes_video, tmp_path)
@@ -82,6 +90,7 @@ def test_stopped_and_started_again_loses_nothing(toy_builder, scenes_video, tmp_
         assert before.span[1] == after.span[0]
 
 
+@pytest.mark.usefixtures("long_queue")
 def test_others_read_the_memory_meanwhile(toy_builder, scenes_video, tmp_path):
     found = []
 
@@ -139,6 +148,7 @@ class TestFeed:
             list(watch.Feed(broken(), threading.Event(), speed=None))
 
 
+@pytest.mark.usefixtures("long_queue")
 def test_a_live_source_is_put_after_what_is_there(tmp_path, scenes_video, monkeypatch):
     builder = build.make_builder(build.Settings("keep_recent", slots=64), toy_perception())
     read = watch.decode.read
