@@ -208,7 +208,7 @@ def calibrate_temperature(batch: EncodedStream, *, visuals: bool = False) -> flo
     items, questions = to_items(batch), to_questions(batch)
 
     @jax.jit
-    def log_prob(temperature):
+    def log_prob(temperature, args, valid):
         def one(text, view, valid, query, evidence, asked):
             cosine = query @ text.T
             if visuals:
@@ -218,11 +218,11 @@ def calibrate_temperature(batch: EncodedStream, *, visuals: bool = False) -> flo
             mass = jnp.sum(jax.nn.softmax(logits) * found, axis=-1)
             return jnp.sum(jnp.where(asked, jnp.log(mass + 1e-6), 0.0)), asked.sum()
 
-        args = (items.text, items.coarse, items.valid, questions.query, jnp.asarray(batch.evidence))
-        total, count = jax.vmap(one)(*args, questions.valid)
+        total, count = jax.vmap(one)(*args, valid)
         return total.sum() / jnp.maximum(count.sum(), 1)
 
-    return max(TEMPERATURES, key=lambda t: float(log_prob(t)))
+    args = (items.text, items.coarse, items.valid, questions.query, jnp.asarray(batch.evidence))
+    return max(TEMPERATURES, key=lambda t: float(log_prob(t, args, questions.valid)))
 
 
 def train_manager(config: ConfigDict, workdir: Path, train_streams: list[EncodedStream]) -> Manager:
