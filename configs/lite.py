@@ -4,7 +4,7 @@
     python -m mmmem_jax.eval_main --workdir=RUN --export=mmmem_jax/policies/lite
 
 Fetches class names and all-MiniLM-L6-v2 once. The second command writes the manager that ships with
-the project; its manager.json has the cost of the run and the score to reach.
+the project; its manager.json has the cost of the run (minutes on 2 cores) and the score to reach.
 `:smoke` goes the whole way at toy size, to see that everything runs; its scores mean nothing.
 """
 
