@@ -80,21 +80,29 @@ def choose(query_shape: tuple[int, int], bank: xla.Bank, top_k: int) -> str:
 
     XLA where this device or dtype was not measured, or the other does not take the bank.
     """
-    if jax.default_backend() != "gpu" or not _mosaic_takes(bank):
-        return "xla"
+    names = available(bank)
     kind = jax.devices()[0].device_kind
     dtype = str(bank.keys.dtype)
-    rows = [r for r in measurements() if r["device"] == kind and r["dtype"] == dtype]
-    here = (query_shape[0], *bank.keys.shape, top_k)
+    rows = [
+        row
+        for row in measurements()
+        if row["device"] == kind
+        and row["dtype"] == dtype
+        and set(names) <= set(row["microseconds"])
+    ]
+    here = (query_shape[0], *bank.keys.shape[-2:], top_k)
 
     def distance(row: dict) -> float:
         there = (row["queries"], row["keys"], row["dim"], row["top_k"])
         return sum(abs(math.log(a / b)) for a, b in zip(here, there, strict=True))
 
     nearest = min(rows, key=distance, default=None)
-    if nearest is None:
-        return "xla"
-    return min(nearest["microseconds"], key=nearest["microseconds"].get)
+    return "xla" if nearest is None else min(names, key=nearest["microseconds"].get)
+
+
+def available(bank: xla.Bank) -> list[str]:
+    """The implementations that run on the default device and take such a bank; "xla" is first."""
+    return ["xla"] + ["mosaic_gpu"] * (mosaic_gpu.on_hopper() and _mosaic_takes(bank))
 
 
 @functools.cache

@@ -26,6 +26,12 @@ LOWEST = -1e38  # the m of a block without a valid key; finite, so that differen
 SHARED_MEMORY = 200 * 1024  # bytes of the stages, of the 227 KB that a block may have
 
 
+def on_hopper() -> bool:
+    """Whether the default device is a GPU that the kernel was written for."""
+    device = jax.devices()[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+
+
 def num_multiprocessors() -> int:
     """Of the default device; an H200's where it is no GPU."""
     return getattr(jax.devices()[0], "core_count", None) or 132

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmem_jax.kernels.retrieval_entropy import api, retrieval_entropy, xla
+from mmmem_jax.kernels.retrieval_entropy import api, mosaic_gpu, retrieval_entropy, xla
 from tests.kernels.retrieval_entropy import oracle
 
 SIZES = [(1, 1, 3, False, False), (3, 300, 17, True, False), (3, 300, 17, True, True)]
@@ -238,7 +238,7 @@ class TestBadInput:
 
 class TestChoice:
     def test_takes_xla_where_nothing_was_measured(self, monkeypatch):
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
         monkeypatch.setattr(api, "measurements", lambda: [])
         bank = xla.Bank(jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
         assert api.choose((1, 128), bank, 5) == "xla"
@@ -251,7 +251,7 @@ class TestChoice:
             size = {"queries": queries, "keys": keys, "dim": 128, "top_k": 5}
             return size | {"device": kind, "dtype": "bfloat16", "microseconds": times}
 
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
         monkeypatch.setattr(api, "measurements", lambda: [row(1, 4096, 9, 5), row(64, 4096, 5, 9)])
         bank = xla.Bank(jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
         assert api.choose((2, 128), bank, 5) == "mosaic_gpu"

@@ -15,15 +15,10 @@ from tests.kernels.retrieval_entropy import oracle
 SHAPES = [(3, 1088, 64, True, 4), (1, 1088, 128, False, 4), (70, 1024, 64, True, 8)]
 
 
-def on_hopper() -> bool:
-    device = jax.devices()[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) == 9.0
-
-
 @pytest.fixture
 def run():
     """A context in which the kernel runs here."""
-    if on_hopper():
+    if mosaic_gpu.on_hopper():
         return contextlib.nullcontext
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip("no Hopper GPU, and this JAX cannot interpret Mosaic GPU kernels (0.11 can)")

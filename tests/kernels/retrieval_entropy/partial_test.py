@@ -12,7 +12,9 @@ merge = jax.jit(partial.merge)
 top_k = jax.jit(partial.top_k, static_argnums=1)
 
 
-@pytest.mark.parametrize(("size", "k"), [(5, 32), (4096, 5), (4097, 1), (70_001, 5), (70_001, 32)])
+@pytest.mark.parametrize(
+    ("size", "k"), [(5, 32), (16_384, 5), (16_385, 1), (70_001, 5), (70_001, 32)]
+)
 def test_top_k_of_long_rows_is_that_of_a_stable_sort(size, k):
     scores = np.random.default_rng(size).integers(0, 50, (2, size)).astype(np.float32)  # many ties
     scores[1, 3:] = -np.inf
