@@ -57,22 +57,28 @@ def retrieval_entropy(
       ValueError: if the shapes or dtypes do not fit, or the implementation does not take them.
     """
     bank = xla.Bank(keys, scales, mask, values)
-    _check(query, bank, top_k)
-    if implementation is None:
-        implementation = choose(query.shape, bank, top_k)
-    elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is one of {IMPLEMENTATIONS}, got {implementation!r}")
-    elif implementation == "mosaic_gpu" and not _mosaic_takes(bank):
-        raise ValueError(
-            "mosaic_gpu takes a shared bfloat16 bank with D a multiple of 64 and N of 32, at least "
-            f"512 keys, and no values or mask per query; got {keys.dtype} {keys.shape}"
-        )
+    check(query, bank, top_k)
+    implementation = pick(implementation, query.shape, bank, top_k)
     inverse = 1.0 / jnp.asarray(temperature, jnp.float32)
     if implementation == "reference":
         outputs = _reference(top_k, query, bank, inverse)
     else:
         outputs = _call(top_k, implementation, query, bank, inverse)
     return outputs[:4] if values is None else outputs
+
+
+def pick(implementation: str | None, query_shape, bank: xla.Bank, top_k: int) -> str:
+    """The implementation asked for if it takes the bank, or else the one to `choose`."""
+    if implementation is None:
+        return choose(query_shape, bank, top_k)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "mosaic_gpu" and not _mosaic_takes(bank):
+        raise ValueError(
+            "mosaic_gpu takes a shared bfloat16 bank with D a multiple of 64 and N of 32, at least "
+            f"512 keys, and no values or mask per query; got {bank.keys.dtype} {bank.keys.shape}"
+        )
+    return implementation
 
 
 def choose(query_shape: tuple[int, int], bank: xla.Bank, top_k: int) -> str:
@@ -122,7 +128,8 @@ def _mosaic_takes(bank: xla.Bank) -> bool:
     )
 
 
-def _check(query, bank: xla.Bank, top_k: int) -> None:
+def check(query, bank: xla.Bank, top_k: int) -> None:
+    """Raises ValueError if the shapes and dtypes do not fit."""
     keys = bank.keys
     if query.ndim != 2 or keys.ndim not in (2, 3) or keys.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -164,7 +171,8 @@ def _reference(top_k: int, query, bank: xla.Bank, inverse):
     )
 
 
-def _summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> parts.Partial:
+def summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> parts.Partial:
+    """The bank's summary for the queries, by XLA or the kernel."""
     by_xla = functools.partial(xla.summary, top_k=top_k)
     if implementation == "xla":
         return by_xla(query, bank, inverse)
@@ -181,7 +189,7 @@ def _summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _call(top_k: int, implementation: str, query, bank: xla.Bank, inverse):
-    return parts.finish(_summary(top_k, implementation, query, bank, inverse))
+    return parts.finish(summary(top_k, implementation, query, bank, inverse))
 
 
 def _forward(top_k: int, implementation: str, query, bank: xla.Bank, inverse):

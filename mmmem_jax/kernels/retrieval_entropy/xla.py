@@ -109,6 +109,12 @@ def summary(query: jax.Array, bank: Bank, inverse_temperature, top_k: int) -> pa
     return _over_parts(bank, len(query), add, None)
 
 
+def differentiable(bank: Bank) -> Bank:
+    """The bank's parts that have a gradient, None in place of the others."""
+    floating = jnp.issubdtype(bank.keys.dtype, jnp.floating)
+    return bank._replace(keys=bank.keys if floating else None, mask=None)
+
+
 def gradients(query, bank: Bank, inverse_temperature, outputs, cotangents):
     """Cotangents of query, bank and inverse temperature from those of `parts.finish`'s outputs.
 
@@ -163,11 +169,7 @@ def gradients(query, bank: Bank, inverse_temperature, outputs, cotangents):
             d_bank = d_bank._replace(**{name: whole})
         return d_query, d_bank, d_inverse
 
-    def zeros(x):
-        floating = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        return jnp.zeros(x.shape, jnp.float32) if floating else None
-
-    d_bank = Bank(zeros(bank.keys), zeros(bank.scales), None, zeros(bank.values))
+    d_bank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), differentiable(bank))
     start = (jnp.zeros(query.shape, jnp.float32), d_bank, jnp.float32(0.0))
     d_query, d_bank, d_inverse = _over_parts(bank, len(query), add, start)
     pairs = zip(d_bank, bank, strict=True)
