@@ -1,7 +1,7 @@
 """Whether a memory says that it does not hold what it does not hold, and where that is set.
 
 Asks a memory of the videos of one split about moments that are there and things that are not
-(benchmarks/queries), and counts what is found and what is refused at `ask.FOUND_AT`. The constants
+(benchmarks/queries), and counts what is found and what is refused (`ask.threshold`). The constants
 of `retrieval.video_search.Calibration` and the threshold are those that this prints for the
 validation split; the test split only shows what they are worth.
 
@@ -9,9 +9,10 @@ validation split; the test split only shows what they are worth.
     python benchmarks/not_found.py --memory DIR [--split validation|test] [--full]
 
 Keys: found (share of the moments there that are not refused), refused (share of what is not there),
-auc (how often a moment there scores over a thing that is not there), found_at (the constant), best
-(the threshold with the most of found + refused here, the middle of the gap), n_there, n_absent,
-text and visual (mean and deviation of the scores of unrelated pairs, before calibration).
+auc (how often a moment there scores over a thing that is not there), found_at (the threshold in
+this memory), best (the one with the most of found + refused here, the middle of the gap), slots
+(episodes and clips held), n_there, n_absent, se (of found and refused), text and visual (mean and
+deviation of the scores of unrelated pairs, before calibration).
 """
 
 import sys
@@ -22,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import common, video_queries
+from benchmarks.video_memories import error
 from mmmem_jax import store
 from mmmem_jax.errors import UserError
 from mmmem_jax.video import ask
@@ -78,14 +80,18 @@ def measure(memory_dir: Path, split: str) -> dict:
             for rows in (there, absent)
         ]
         kinds = unrelated(loaded, there, absent)
+        held = sum(int(x.sensory.valid.sum() + x.episodic.valid.sum()) for x in loaded.states)
+    found, refused = scores[0] >= ask.threshold(held), scores[1] < ask.threshold(held)
     return {
-        "found": float((scores[0] >= ask.FOUND_AT).mean()),
-        "refused": float((scores[1] < ask.FOUND_AT).mean()),
+        "found": float(found.mean()),
+        "refused": float(refused.mean()),
         "auc": float((scores[0][:, None] > scores[1]).mean()),
-        "found_at": ask.FOUND_AT,
+        "found_at": ask.threshold(held),
         "best": best_threshold(*scores),
+        "slots": held,
         "n_there": len(there),
         "n_absent": len(absent),
+        "se": {"found": error(found), "refused": error(refused)},
         **kinds,
         "split": split,
         "seeds": [0],

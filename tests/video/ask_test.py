@@ -211,6 +211,13 @@ class TestAnswer:
             answer(loaded, question, options)
 
 
+def test_the_threshold_rises_with_what_is_held():
+    assert asking.threshold(asking.FOUND_SLOTS) == asking.FOUND_AT
+    rises = np.diff([asking.threshold(n, 2.0) for n in (1, 2, 4, 1024, 2048)])
+    assert rises[[0, 1, 3]] == pytest.approx([asking.FOUND_RISE] * 3)
+    assert asking.threshold(0, -np.inf) == -np.inf
+
+
 class TestLoad:
     @pytest.mark.parametrize("at", [0.0, 9.0, 12.0, 17.0, 1e9])
     def test_at_shows_nothing_later(self, folder, at):
