@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import custom_batching
 from jaxtyping import Array, Bool, Float, Int
 
-from mmmem_jax.kernels.retrieval_entropy import mosaic_gpu, reference, xla
+from mmmem_jax.kernels.retrieval_entropy import mosaic_gpu, pallas_tpu, reference, xla
 from mmmem_jax.kernels.retrieval_entropy import partial as parts
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "pallas_tpu")
 
 
 def retrieval_entropy(
@@ -73,10 +73,11 @@ def pick(implementation: str | None, query_shape, bank: xla.Bank, top_k: int) ->
         return choose(query_shape, bank, top_k)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "mosaic_gpu" and not _mosaic_takes(bank):
+    if implementation not in ("reference", "xla") and not _takes(implementation, bank):
         raise ValueError(
-            "mosaic_gpu takes a shared bfloat16 bank with D a multiple of 64 and N of 32, at least "
-            f"512 keys, and no values or mask per query; got {bank.keys.dtype} {bank.keys.shape}"
+            f"{implementation} takes a shared bank without values or a mask per query, mosaic_gpu "
+            "of bfloat16 alone, D a multiple of 64, N of 32 and at least 512; got "
+            f"{bank.keys.dtype} {bank.keys.shape}"
         )
     return implementation
 
@@ -108,7 +109,8 @@ def choose(query_shape: tuple[int, int], bank: xla.Bank, top_k: int) -> str:
 
 def available(bank: xla.Bank) -> list[str]:
     """The implementations that run on the default device and take such a bank; "xla" is first."""
-    return ["xla"] + ["mosaic_gpu"] * (mosaic_gpu.on_hopper() and _mosaic_takes(bank))
+    here = {"mosaic_gpu": mosaic_gpu.on_hopper(), "pallas_tpu": jax.default_backend() == "tpu"}
+    return ["xla"] + [name for name in here if here[name] and _takes(name, bank)]
 
 
 @functools.cache
@@ -118,14 +120,12 @@ def measurements() -> list[dict]:
     return json.loads(file.read_text())["rows"]
 
 
-def _mosaic_takes(bank: xla.Bank) -> bool:
-    """Whether the Mosaic GPU kernel takes such a bank."""
-    return (
-        bank.keys.ndim == 2
-        and bank.values is None
-        and (bank.mask is None or bank.mask.ndim == 1)
-        and mosaic_gpu.supported(*bank.keys.shape, bank.keys.dtype)
-    )
+def _takes(name: str, bank: xla.Bank) -> bool:
+    """Whether the kernel takes such a bank."""
+    shared = bank.keys.ndim == 2 and (bank.mask is None or bank.mask.ndim == 1)
+    if not shared or bank.values is not None:
+        return False
+    return name == "pallas_tpu" or mosaic_gpu.supported(*bank.keys.shape, bank.keys.dtype)
 
 
 def check(query, bank: xla.Bank, top_k: int) -> None:
@@ -176,6 +176,8 @@ def summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> 
     by_xla = functools.partial(xla.summary, top_k=top_k)
     if implementation == "xla":
         return by_xla(query, bank, inverse)
+    if implementation == "pallas_tpu":
+        return pallas_tpu.summary(query, bank, inverse, top_k)
     kernel = custom_batching.custom_vmap(functools.partial(mosaic_gpu.summary, top_k=top_k))
 
     @kernel.def_vmap

@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float
 
+from mmmem_jax.kernels.retrieval_entropy import blocks, xla
 from mmmem_jax.kernels.retrieval_entropy import partial as parts
-from mmmem_jax.kernels.retrieval_entropy import xla
+from mmmem_jax.kernels.retrieval_entropy.blocks import LOWEST
 
 ROWS = 128  # blocks in a tile, one key of each; 64 for each of the two warpgroups that multiply
 MAX_QUERIES = 64  # columns of a tile: more would not fit in registers beside the triple
-LOWEST = -1e38  # the m of a block without a valid key; finite, so that differences are no NaN
 SHARED_MEMORY = 200 * 1024  # bytes of the stages, of the 227 KB that a block may have
 
 
@@ -52,7 +52,11 @@ def block_size(num_keys: int, num_processors: int) -> int | None:
 
 def supported(num_keys: int, dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes a bank of this size: bfloat16, whole tiles."""
-    return dtype == jnp.bfloat16 and dim % 64 == 0 and block_size(num_keys, 132) is not None
+    return (
+        dtype == jnp.bfloat16
+        and dim % 64 == 0
+        and bool(block_size(num_keys, num_multiprocessors()))
+    )
 
 
 def _load(ref, index, layout):
@@ -227,28 +231,12 @@ def block_triples(
     return out[..., :num_queries]
 
 
-def summary(query: jax.Array, bank: xla.Bank, inverse_temperature, top_k: int) -> parts.Partial:
-    """As `xla.summary`: the blocks' triples merged, the top k found in the k best blocks.
+def summary(query: jax.Array, bank: xla.Bank, inverse, top_k: int) -> parts.Partial:
+    """As `xla.summary`, for a bank that is `supported`."""
+    block = block_size(bank.size, num_multiprocessors())
 
-    The scores of these blocks' keys are computed again: k * block of each query's N.
-    """
-    num_keys, dim = bank.keys.shape
-    query = query.astype(bank.keys.dtype)
-    m, mass, t = block_triples(query, bank.keys, bank.mask, inverse_temperature)
-    m = jnp.where(mass > 0, m, -jnp.inf)
-    num_blocks = len(m)
-    block = num_keys // num_blocks
-    best = jnp.sort(parts.top_k(m.T, min(top_k, num_blocks))[1], axis=-1)
-    some, best = best >= 0, jnp.maximum(best, 0)
-    keys = bank.keys.reshape(num_blocks, block, dim)[best].reshape(len(query), -1, dim)
-    some = jnp.repeat(some, block, axis=-1)
-    if bank.mask is not None:
-        some &= bank.mask.reshape(num_blocks, block)[best].reshape(len(query), -1)
-    top, order = parts.top_k(
-        xla.scores(query, xla.Bank(keys, mask=some), inverse_temperature), top_k
-    )
-    slot = jnp.maximum(order, 0)
-    indices = jnp.take_along_axis(best, slot // block, axis=-1) * block + slot % block
-    m, mass, t, _ = parts.merge_triples(m, mass, t, axis=0)
-    read = jnp.zeros((len(query), 0), jnp.float32)
-    return parts.Partial(m, mass, t, top, jnp.where(order < 0, -1, indices), read)
+    def triples(query, bank, inverse):
+        query = query.astype(bank.keys.dtype)
+        return block_triples(query, bank.keys, bank.mask, inverse, block=block)
+
+    return blocks.summary(triples, block, query, bank, inverse, top_k)

@@ -226,7 +226,7 @@ class TestBadInput:
             ({"values": np.ones((8, 2), np.float32)}, "values"),
             ({"top_k": 0}, "top_k"),
             ({"implementation": "triton"}, "implementation is one of"),
-            ({"implementation": "mosaic_gpu"}, "bfloat16 bank"),
+            ({"implementation": "mosaic_gpu"}, "bfloat16 alone"),
         ],
     )
     def test_is_named(self, change, says):
