@@ -259,7 +259,7 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "load_average": os.getloadavg()[0],  # a busy machine's times say little
         **limit,
-        "share_of_copy_bandwidth": max(r["share_of_copy_bandwidth"] for r in rows),
+        "share_of_copy_bandwidth": max((r["share_of_copy_bandwidth"] for r in rows), default=None),
         "slower_than_xla": sum(us > 1.03 * theirs.get("naive", us) for us, theirs in ours),
         "faiss_ratio": min(faiss, default=None),
         "rows": rows,

@@ -1,6 +1,7 @@
 """Scores, log Z, entropy and the top k of a bank of keys: one function, several implementations."""
 
 import functools
+import importlib
 import importlib.resources
 import json
 import math
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 from jax import custom_batching
 from jaxtyping import Array, Bool, Float, Int
 
-from mmmem_jax.kernels.retrieval_entropy import mosaic_gpu, pallas_tpu, reference, xla
 from mmmem_jax.kernels.retrieval_entropy import partial as parts
+from mmmem_jax.kernels.retrieval_entropy import reference, xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "pallas_tpu"]
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "pallas_tpu")
@@ -109,8 +110,14 @@ def choose(query_shape: tuple[int, int], bank: xla.Bank, top_k: int) -> str:
 
 def available(bank: xla.Bank) -> list[str]:
     """The implementations that run on the default device and take such a bank; "xla" is first."""
-    here = {"mosaic_gpu": mosaic_gpu.on_hopper(), "pallas_tpu": jax.default_backend() == "tpu"}
-    return ["xla"] + [name for name in here if here[name] and _takes(name, bank)]
+    name = {"gpu": "mosaic_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend())
+    takes = name is not None and _module(name).runs_here() and _takes(name, bank)
+    return ["xla"] + [name] * takes
+
+
+def _module(name: str):
+    """A kernel's module; Pallas takes long to import, so only where it is needed."""
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 @functools.cache
@@ -123,9 +130,7 @@ def measurements() -> list[dict]:
 def _takes(name: str, bank: xla.Bank) -> bool:
     """Whether the kernel takes such a bank."""
     shared = bank.keys.ndim == 2 and (bank.mask is None or bank.mask.ndim == 1)
-    if not shared or bank.values is not None:
-        return False
-    return name == "pallas_tpu" or mosaic_gpu.supported(*bank.keys.shape, bank.keys.dtype)
+    return shared and bank.values is None and _module(name).supported(bank)
 
 
 def check(query, bank: xla.Bank, top_k: int) -> None:
@@ -177,8 +182,10 @@ def summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> 
     if implementation == "xla":
         return by_xla(query, bank, inverse)
     if implementation == "pallas_tpu":
-        return pallas_tpu.summary(query, bank, inverse, top_k)
-    kernel = custom_batching.custom_vmap(functools.partial(mosaic_gpu.summary, top_k=top_k))
+        return _module(implementation).summary(query, bank, inverse, top_k)
+    kernel = custom_batching.custom_vmap(
+        functools.partial(_module(implementation).summary, top_k=top_k)
+    )
 
     @kernel.def_vmap
     def _(axis_size, in_batched, *args):  # the kernel has no batching rule

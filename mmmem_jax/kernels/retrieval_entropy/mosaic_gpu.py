@@ -26,7 +26,7 @@ MAX_QUERIES = 64  # columns of a tile: more would not fit in registers beside th
 SHARED_MEMORY = 200 * 1024  # bytes of the stages, of the 227 KB that a block may have
 
 
-def on_hopper() -> bool:
+def runs_here() -> bool:
     """Whether the default device is a GPU that the kernel was written for."""
     device = jax.devices()[0]
     return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
@@ -50,13 +50,11 @@ def block_size(num_keys: int, num_processors: int) -> int | None:
     return min(sizes, key=rounds, default=None)
 
 
-def supported(num_keys: int, dim: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes a bank of this size: bfloat16, whole tiles."""
-    return (
-        dtype == jnp.bfloat16
-        and dim % 64 == 0
-        and bool(block_size(num_keys, num_multiprocessors()))
-    )
+def supported(bank: xla.Bank) -> bool:
+    """Whether the kernel takes a shared bank: bfloat16, whole tiles."""
+    num_keys, dim = bank.keys.shape
+    whole = dim % 64 == 0 and block_size(num_keys, num_multiprocessors()) is not None
+    return bank.keys.dtype == jnp.bfloat16 and whole
 
 
 def _load(ref, index, layout):

@@ -21,6 +21,16 @@ LANES = 128  # queries at once
 TILE_BYTES = 1 << 21  # of keys in VMEM, twice
 
 
+def runs_here() -> bool:
+    """Whether the default device is a TPU."""
+    return jax.default_backend() == "tpu"
+
+
+def supported(bank: xla.Bank) -> bool:
+    """Whether the kernel takes a shared bank: any."""
+    return bank.keys.ndim == 2
+
+
 def _kernel(row, keys, query, m, mass, t):
     """Refs: row [1 n], keys [n D], query [128 D]; m, mass, t [n / 64, 128]."""
     tile, dtype = keys[...], query.dtype

@@ -43,6 +43,8 @@ def retrieval_entropy(
     shards = math.prod(mesh.shape[name] for name in axes)
     if keys.ndim == 3 or (mask is not None and mask.ndim == 2) or len(keys) % shards:
         raise ValueError(f"need a shared bank of a multiple of {shards} rows, got {keys.shape}")
+    if implementation == "reference":
+        raise ValueError("the reference runs on one device; take another implementation")
     local = jax.eval_shape(lambda: bank.part(0, len(keys) // shards))
     implementation = api.pick(implementation, query.shape, local, top_k)
     inverse = 1.0 / jnp.asarray(temperature, jnp.float32)

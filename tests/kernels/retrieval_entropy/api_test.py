@@ -238,7 +238,8 @@ class TestBadInput:
 
 class TestChoice:
     def test_takes_xla_where_nothing_was_measured(self, monkeypatch):
-        monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(mosaic_gpu, "runs_here", lambda: True)
         monkeypatch.setattr(api, "measurements", lambda: [])
         bank = xla.Bank(jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
         assert api.choose((1, 128), bank, 5) == "xla"
@@ -251,7 +252,8 @@ class TestChoice:
             size = {"queries": queries, "keys": keys, "dim": 128, "top_k": 5}
             return size | {"device": kind, "dtype": "bfloat16", "microseconds": times}
 
-        monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(mosaic_gpu, "runs_here", lambda: True)
         monkeypatch.setattr(api, "measurements", lambda: [row(1, 4096, 9, 5), row(64, 4096, 5, 9)])
         bank = xla.Bank(jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
         assert api.choose((2, 128), bank, 5) == "mosaic_gpu"

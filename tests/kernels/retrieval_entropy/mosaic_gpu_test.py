@@ -18,7 +18,7 @@ SHAPES = [(3, 1088, 64, True, 4), (1, 1088, 128, False, 4), (70, 1024, 64, True,
 @pytest.fixture
 def run():
     """A context in which the kernel runs here."""
-    if mosaic_gpu.on_hopper():
+    if mosaic_gpu.runs_here():
         return contextlib.nullcontext
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip("no Hopper GPU, and this JAX cannot interpret Mosaic GPU kernels (0.11 can)")
