@@ -1,7 +1,7 @@
 """The memory beside evidence that is chosen without one, at equal evidence tokens.
 
-Claim: at the tokens that the memory's search reads, its evidence answers questions about real
-videos, and finds moments, at least as well as frames or captions taken from the whole video.
+Question: at the tokens that the memory's search reads, how well does its evidence answer questions
+about real videos, and find moments, beside frames or captions taken from the whole video?
 
     python data/videos.py --to VIDEOS
     python benchmarks/video_baselines.py --videos VIDEOS [--full] [--workdir DIR]
