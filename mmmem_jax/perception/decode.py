@@ -7,6 +7,8 @@ that are not sampled. Only sampled frames are scaled and made RGB.
 import logging
 import math
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +32,8 @@ _SKIPPABLE = frozenset({"h264", "mpeg2video", "mpeg4"})
 # Demuxers that draw text, or that read other files than the one they are given.
 _NO_VIDEO = frozenset({"concat", "dash", "hls", "image2", "sdp", "tty"})
 _NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
+
+_SECRET = re.compile(r"(?<=://)\S*@|\?\S*")  # user and password of a URL, and its query
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +152,7 @@ class _Damage:
         elif end < duration - max(2.0, 0.02 * duration):
             told.append(f"its pictures end at {end:.1f} s of {duration:.1f} s; is it cut short?")
         if told:
-            _log.warning("%s: %s", source, "; ".join(told))
+            _log.warning("%s: %s", shown(source), "; ".join(told))
 
 
 class _Clock:
@@ -192,6 +196,11 @@ def _tick(time: float, fps: float) -> int:
     return math.floor(time * fps + _EPSILON)
 
 
+def shown(source: str) -> str:
+    """A source as it may be printed: a URL without its password and query."""
+    return _SECRET.sub("", source) if "://" in source else source
+
+
 def _open(
     source: str, format: str | None = None, options: Mapping[str, str] = _NO_OPTIONS
 ) -> av.container.InputContainer:
@@ -205,7 +214,7 @@ def _open(
     try:
         container = av.open(location, format=format, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(f"{source} cannot be read as a video: {_reason(error)}") from error
+        raise UserError(f"{shown(source)} cannot be read as a video: {_reason(error)}") from error
     if local and _NO_VIDEO & set(container.format.name.split(",")):
         container.close()
         raise UserError(f"{source} is no video: FFmpeg takes it for {container.format.long_name}")
@@ -214,13 +223,15 @@ def _open(
 
 def _check_file(source: str) -> None:
     try:
-        size = os.stat(source).st_size
+        found = os.stat(source)
+        if stat.S_ISFIFO(found.st_mode):  # to open it would wait for its other end
+            raise UserError(f"{source} is a pipe, no file; write the video to a file first")
         open(source, "rb").close()
     except OSError as error:
         raise UserError(f"cannot open the video {source}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{source!r} is no path of a video: {error}") from error
-    if not size:
+    if not found.st_size:
         raise UserError(f"{source} is empty (0 bytes); fetch or record it again")
 
 
@@ -262,19 +273,20 @@ def _seek(container: av.container.InputContainer, stream: av.VideoStream, target
 
 def _video_stream(container: av.container.InputContainer, source: str) -> av.VideoStream:
     """The first track of moving pictures, set up for decoding."""
+    name = shown(source)
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
         has = f"only {' and '.join(kinds)}" if kinds else "nothing"
-        raise UserError(f"{source} has no video track ({has}); give a file with pictures")
+        raise UserError(f"{name} has no video track ({has}); give a file with pictures")
     stream = streams[0]
     context = stream.codec_context
     if context is None:
-        raise UserError(f"{source}: FFmpeg has no decoder for its video; convert it, say to H.264")
+        raise UserError(f"{name}: FFmpeg has no decoder for its video; convert it, say to H.264")
     if context.width * context.height > _MAX_PIXELS:
         size = f"{context.width}x{context.height}"
-        raise UserError(f"{source}: {size} pixels are more than 8192x8192; scale it down first")
+        raise UserError(f"{name}: {size} pixels are more than 8192x8192; scale it down first")
     context.options = {"max_pixels": str(_MAX_PIXELS)}  # it may grow on the way
     context.thread_type = "AUTO"
     context.thread_count = min(8, os.cpu_count() or 1)
@@ -427,8 +439,8 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
 
 def _nothing_decoded(source: str) -> UserError:
     return UserError(
-        f"{source} has no picture that can be decoded: it is damaged, cut short, or its pictures"
-        " are larger than 8192x8192"
+        f"{shown(source)} has no picture that can be decoded: it is damaged, cut short, or its"
+        " pictures are larger than 8192x8192"
     )
 
 

@@ -5,6 +5,7 @@ Formats: SubRip as players read it; WebVTT, https://www.w3.org/TR/webvtt1/.
 
 import codecs
 import html
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ _LATEST = 1e7  # seconds, some 16 weeks; a later time is a mistake
 _ROLLING_GAP = 0.1  # seconds between two captions of which the second repeats the first one's end
 _TIME = r"(?:(\d{1,6}):)?([0-5]?\d):([0-5]?\d)[.,](\d{1,3})"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")  # of HTML and WebVTT, and of SubStation Alpha
 
 
@@ -56,13 +58,14 @@ def find_subtitles(video_path: str | Path) -> Path | None:
     video_path = Path(video_path)
     for suffix in _SUFFIXES:
         beside = video_path.with_suffix(suffix)
-        if beside.is_file():
+        if os.path.isfile(beside):  # which takes a name that is too long for one that is not there
             return beside
     language = re.compile(re.escape(video_path.stem) + r"\.[\w-]+\.(srt|vtt)", re.IGNORECASE)
-    if not video_path.parent.is_dir():
+    try:
+        beside = sorted(video_path.parent.iterdir())
+    except OSError:  # no folder, or one that may not be listed
         return None
-    found = (p for p in video_path.parent.iterdir() if language.fullmatch(p.name) and p.is_file())
-    return min(found, default=None)
+    return next((p for p in beside if language.fullmatch(p.name) and p.is_file()), None)
 
 
 def overlapping(cues: Sequence[Cue], span: tuple[float, float]) -> tuple[Cue, ...]:
@@ -72,8 +75,9 @@ def overlapping(cues: Sequence[Cue], span: tuple[float, float]) -> tuple[Cue, ..
 
 
 def plain_text(text: str) -> str:
-    """`text` without tags and escapes, every run of white space one space."""
-    return " ".join(html.unescape(_TAG.sub("", text.replace(r"\N", " "))).split())
+    """`text` without tags, escapes and control characters, every run of white space one space."""
+    words = html.unescape(_TAG.sub("", text.replace(r"\N", " "))).split()
+    return _CONTROL.sub("", " ".join(words))  # a terminal would obey them
 
 
 def _read_text(path: Path) -> str:

@@ -1,6 +1,8 @@
 """Names and paths of a memory folder: which are allowed, how a file gets there whole."""
 
+import contextlib
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -12,6 +14,11 @@ from mmmem_jax.errors import UserError
 
 HEADER, DATABASE, LOCK, FRAMES = "video.json", "memory.sqlite", "lock", "frames"
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+# Where more room on the disk would not help.
+_MISPLACED = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 def video_id_of(path: str | os.PathLike) -> str:
@@ -22,7 +29,10 @@ def video_id_of(path: str | os.PathLike) -> str:
     """
     text = os.fspath(path)
     if "://" in text:
-        url = urlsplit(text)
+        try:
+            url = urlsplit(text)
+        except ValueError as error:
+            raise UserError(f"the source is no URL ({error}); mend it") from None
         name = (url.hostname or "") + url.path
     else:
         name = Path(text).stem
@@ -59,7 +69,8 @@ def join(folder: Path, name: str) -> Path:
     """
     path = folder / name
     inside = "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not inside or not path.resolve().is_relative_to(folder.resolve()):
+    # Not Path.resolve, which raises RuntimeError for a link to itself.
+    if not inside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"{folder} names {name!r}, which lies outside it; build the memory again")
     return path
 
@@ -95,9 +106,9 @@ def find_video(memory_dir: str | os.PathLike, video_id: str) -> Path:
 def unwritten(path: Path, error: Exception) -> UserError:
     """What to tell of a write that failed."""
     why = getattr(error, "strerror", None) or error
-    return UserError(
-        f"cannot write {path} ({why}); what was finished is kept: make room, run again"
-    )
+    misplaced = getattr(error, "errno", None) in _MISPLACED
+    what = "choose a folder that can be written" if misplaced else "make room, run again"
+    return UserError(f"cannot write {path} ({why}); what was finished is kept: {what}")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -115,7 +126,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have been there
+            partial.unlink()
         raise unwritten(path, error) from None
 
 

@@ -156,6 +156,9 @@ def open_store(
                 )
             if writable:
                 _sweep(store)
+    except OSError as error:
+        store.close()
+        raise layout.unwritten(folder, error) from None
     except BaseException:
         store.close()
         raise

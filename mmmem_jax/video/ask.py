@@ -5,6 +5,7 @@ print(answer(loaded, "Where is the dog?").text)
 """
 
 import datetime
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ NOT_FOUND = "not found in memory"
 # of 12 about what is not are refused (benchmarks/not_found.py).
 FOUND_AT, FOUND_SLOTS, FOUND_RISE = 1.1, 112, 0.14
 MAX_MOMENTS = 5
+
+_log = logging.getLogger(__name__)
 
 WordFn = Callable[[str, Sequence[str]], str]  # question, evidence texts -> answer
 
@@ -201,13 +204,17 @@ def ask(
     """Loads a memory, answers one question and adds it to the folder's questions.jsonl.
 
     Raises:
-      UserError: as `load` and `answer` do, or if the question cannot be written down.
+      UserError: as `load` and `answer` do. (A memory that may only be read still answers: that
+        the question could not be written down is logged as a warning.)
     """
     _check(question, options)
     with load(memory_dir, at=at, videos=videos, space=space) as loaded:
         answered = answer(loaded, question, options, word_fn=word_fn)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    store.append_question(memory_dir, {"asked": now} | as_json(answered))
+    try:
+        store.append_question(memory_dir, {"asked": now} | as_json(answered))
+    except UserError as error:
+        _log.warning("the question is answered but not written down: %s", error)
     return answered
 
 
@@ -234,7 +241,8 @@ def answer(
       found_at: best score under which nothing was found, see `threshold`.
 
     Raises:
-      UserError: if the question or an option is empty, or there is one option only.
+      UserError: if the question or an option is empty or no text, an option is given twice, or
+        there is one only.
     """
     _check(question, options)
     seconds, started = {}, time.perf_counter()
@@ -304,6 +312,14 @@ def _check(question: str, options: Sequence[str]) -> None:
         raise UserError("the question is empty; ask something")
     if len(options) == 1 or not all(option.strip() for option in options):
         raise UserError("--options needs two or more, none of them empty")
+    if len(set(options)) < len(options):
+        twice = next(option for option in options if list(options).count(option) > 1)
+        raise UserError(f"--options has {twice!r} twice; give each answer once")
+    for text in (question, *options):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{text[:60]!r} is no UTF-8 text; write it anew") from None
 
 
 def _power_of_two(n: int) -> int:

@@ -119,7 +119,13 @@ def check(videos: Sequence[str]) -> None:
       UserError: naming the first that cannot be read as a video.
     """
     for video in videos:
-        decode.probe(video)
+        _probe(video)
+
+
+def _probe(source: str) -> decode.VideoInfo:
+    if "://" in source:
+        raise UserError(f"{decode.shown(source)} is no file; mmmem watch takes streams")
+    return decode.probe(source)
 
 
 def build(
@@ -144,7 +150,7 @@ def build(
     Raises:
       UserError: if the video, its subtitles or the memory folder cannot be read or written.
     """
-    info = decode.probe(source)
+    info = _probe(source)
     video_id = name or store.video_id_of(source)
     header = builder.header | source_header(source)
     cues = _read_cues(source, subtitle_file)
@@ -202,9 +208,10 @@ def open_video(
         if video.header == header and video.config == config:
             return video
         video.close()
-        other = next(key for key in (*header, "memory") if video.header.get(key) != header.get(key))
+        others = [key for key in header if video.header.get(key) != header[key]]
+        other = f"{others[0]} ({video.header.get(others[0])})" if others else "size of memory"
         raise UserError(
-            f"{video.folder} was made with another {other} ({video.header.get(other)});"
+            f"{video.folder} was made with another {other};"
             " --again makes it anew, --name NAME keeps both"
         )
     return store.create(memory_dir, video_id, header, config)

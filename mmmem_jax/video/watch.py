@@ -8,6 +8,7 @@ than that behind and nothing grows however long it runs. The memory folder is th
 
 import contextlib
 import itertools
+import os
 import queue
 import signal
 import sys
@@ -136,7 +137,7 @@ def watch(
     Raises:
       UserError: if the source cannot be read or the memory cannot be written.
     """
-    live = not Path(source).is_file()
+    live = not os.path.isfile(source)
     begun = _begin(source) if live else decode.probe(source)  # before a memory is made of nothing
     video_id = name or store.video_id_of(source)
     header = builder.header | build.source_header(source, live=live)
@@ -193,12 +194,25 @@ def remembered(
 
 
 def _begin(source: str) -> Iterator[Frame | Cue]:
-    """A live source, of which the first frame has come."""
+    """A live source, of which the first frame has come; Ctrl-C does not wait for that."""
     camera = source.startswith("/dev/")
     stream = decode.read(
         source, fps=lite.SENSORY_FPS, format="v4l2" if camera else None, options=_options(source)
     )
-    return itertools.chain([next(stream)], stream)
+    begun: queue.SimpleQueue = queue.SimpleQueue()
+
+    def take() -> None:
+        try:
+            begun.put((next(stream), None))
+        except BaseException as error:  # raised again below
+            begun.put((None, error))
+
+    # FFmpeg, which waits for seconds on a peer that says nothing, heeds no signal.
+    threading.Thread(target=take, daemon=True).start()
+    first, error = begun.get()
+    if error is not None:
+        raise error
+    return itertools.chain([first], stream)
 
 
 def _options(source: str) -> dict[str, str]:
