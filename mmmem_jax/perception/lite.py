@@ -24,9 +24,10 @@ NUM_MENTIONS = 4
 # Frames a second that each level sees (the paper's L1 / L2 / L3).
 SENSORY_FPS, EPISODIC_FPS, SCHEMA_FPS = 5.0, 2.0, 1.0
 RELATIONS = ("seen with",)
-MAX_KEY_FRAMES = 3
-# Frames between two key frames at least (Delta of the paper's appendix): one second.
+# Of the paper's appendix, in frames of 1/5 s: between two key frames at least (Delta), and to each
+# side of one in its sub-clip.
 KEY_FRAME_GAP = 5
+SUBCLIP_HALF_WIDTH = 1
 
 
 class Perception(NamedTuple):
@@ -59,16 +60,18 @@ class _Sight(NamedTuple):
 
     labels: tuple[tuple[str, float], ...]
     mention: np.ndarray  # [E, D] text embeddings of `labels`
-    visual: np.ndarray  # [D] of the key frames
+    visual: np.ndarray  # [D] of the key sub-clips
     coarse: np.ndarray  # [D] of the episodic frames
 
 
 class _Views(NamedTuple):
-    """The frames of a clip that are looked at."""
+    """The frames of a clip that are looked at, and which of them each level sees."""
 
+    frames: tuple[Frame, ...]
+    sensory: list[int]  # positions in `frames`: the key sub-clips
+    episodic: list[int]
+    schema: list[int]
     key: tuple[Frame, ...]
-    episodic: tuple[Frame, ...]
-    schema: tuple[int, ...]  # positions in `episodic`
     motion: float
     brightness: float
     colours: str
@@ -131,13 +134,18 @@ def perceive(
 def _choose_views(clip: Clip) -> _Views:
     """Which frames of a clip are looked at, and how much it moves."""
     images = np.stack([frame.image for frame in clip.frames])
-    key = salient.salient_frames(images, KEY_FRAME_GAP)[:MAX_KEY_FRAMES]
-    episodic = _every(clip.frames, EPISODIC_FPS)
+    key = salient.salient_frames(images, KEY_FRAME_GAP)
+    subclips = salient.key_subclips(key, len(images), SUBCLIP_HALF_WIDTH)
+    sensory = sorted({i for subclip in subclips for i in subclip})
+    episodic, schema = (_every(clip.frames, fps) for fps in (EPISODIC_FPS, SCHEMA_FPS))
+    seen = sorted({*sensory, *episodic, *schema})
     small = images[:, ::4, ::4].astype(np.int16)
     return _Views(
+        frames=tuple(clip.frames[i] for i in seen),
+        sensory=[seen.index(i) for i in sensory],
+        episodic=[seen.index(i) for i in episodic],
+        schema=[seen.index(i) for i in schema],
         key=tuple(clip.frames[i] for i in key),
-        episodic=tuple(clip.frames[i] for i in episodic),
-        schema=tuple(_every([clip.frames[i] for i in episodic], SCHEMA_FPS)),
         motion=float(np.abs(np.diff(small, axis=0)).mean()) if len(small) > 1 else 0.0,
         brightness=float(small.mean()),
         colours=colours.described(colours.shares(small[episodic, ::4, ::4].astype(np.uint8))),
@@ -153,23 +161,21 @@ def _every(frames: Sequence[Frame], fps: float) -> list[int]:
 
 def _look(perception: Perception, views: Sequence[_Views]) -> list[_Sight]:
     """Embeds and names what the chosen frames show."""
-    frames = [frame.image for view in views for frame in (*view.key, *view.episodic)]
-    embedding, probability = perception.see(np.stack(frames))
-    sights, first = [], 0
-    for view in views:
-        middle, last = first + len(view.key), first + len(view.key) + len(view.episodic)
-        mean = probability[[middle + i for i in view.schema]].mean(0)
-        surest = np.argsort(-mean)[:NUM_MENTIONS]
-        surest = [i for i in surest if mean[i] >= describe.GUESSED]
+    images = np.stack([frame.image for view in views for frame in view.frames])
+    cuts = np.cumsum([len(view.frames) for view in views[:-1]])
+    seen = (np.split(x, cuts) for x in perception.see(images))
+    sights = []
+    for view, embedding, probability in zip(views, *seen, strict=True):
+        mean = probability[view.schema].mean(0)
+        surest = [i for i in np.argsort(-mean)[:NUM_MENTIONS] if mean[i] >= describe.GUESSED]
         sights.append(
             _Sight(
                 labels=tuple((perception.labels.names[i], float(mean[i])) for i in surest),
                 mention=perception.labels.embeddings[surest].reshape(-1, DIM),
-                visual=_unit(embedding[first:middle].mean(0)),
-                coarse=_unit(embedding[middle:last].mean(0)),
+                visual=_unit(embedding[view.sensory].mean(0)),
+                coarse=_unit(embedding[view.episodic].mean(0)),
             )
         )
-        first = last
     return sights
 
 
