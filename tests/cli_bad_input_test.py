@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,7 @@ from mmmem_jax.perception import lite
 from mmmem_jax.testing.perception import toy_perception
 from mmmem_jax.testing.videos import write_audio, write_video
 from mmmem_jax.video import ask as asking
+from mmmem_jax.video import build
 from tests.conftest import REPO
 
 POLICY = ("--policy", "keep_recent", "--slots", "64")
@@ -246,15 +249,55 @@ def test_a_bad_policy(policy, scenes, tmp_path, refused):
 
 def test_a_memory_of_another_size_is_not_continued(scenes, memory, refused, monkeypatch):
     """As after an update of the program: the settings are the same, what they mean is not."""
-    from mmmem_jax.video import build
-
     real = build.Settings.memory_config
     changed = lambda self: dataclasses.replace(real(self), max_node_tokens=128)  # noqa: E731
     monkeypatch.setattr(build.Settings, "memory_config", changed)
     assert "size of memory" in refused("build", scenes, "--memory", memory, *POLICY)
 
 
-# A full disk.
+# A full disk, and an interrupt.
+
+
+def test_an_interrupted_build_goes_on(scenes, whole, tmp_path, refused, monkeypatch):
+    real = store.append
+
+    def append(video, record, *args, **kwargs):
+        if record.index == 3:
+            signal.raise_signal(signal.SIGINT)
+        real(video, record, *args, **kwargs)
+
+    memory = tmp_path / "memory"
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "append", append)
+        assert "goes on" in refused("build", scenes, "--memory", memory, *POLICY, code=130)
+    with store.open_store(memory, "scenes") as video:
+        assert store.progress(video).clips == 3
+    assert cli.main(["build", str(scenes), "--memory", str(memory), *POLICY]) == 0
+    with store.open_store(memory, "scenes") as video, store.open_store(whole, "scenes") as expected:
+        assert store.progress(video) == store.progress(expected)
+
+
+@pytest.mark.parametrize("command", ["build", "watch"])
+def test_an_interrupt_while_starting(command, scenes, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(lite, "load_perception", lambda: signal.raise_signal(signal.SIGINT))
+    refused(command, scenes, "--memory", tmp_path / "memory", *POLICY, code=130)
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_watch_stopped_before_its_first_clip(scenes, tmp_path, capfd, monkeypatch):
+    memory, real = str(tmp_path / "memory"), build.rest_of_file
+
+    def stopped(*args):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "rest_of_file", stopped)
+        assert cli.main(["watch", str(scenes), "--memory", memory, *POLICY]) == 0
+    assert not answered(capfd, QUESTION, "--memory", memory)["found"]
+    assert cli.main(["report", "--memory", memory]) == 0
+    assert cli.main(["build", str(scenes), "--memory", memory, *POLICY]) == 0
+    assert answered(capfd, QUESTION, "--memory", memory)["found"]
 
 
 def _full_after(monkeypatch, writes: int) -> None:
@@ -395,6 +438,77 @@ def test_a_damaged_memory(damage, memory, tmp_path, refused):
         refused("report", "--memory", memory)
     assert not (memory / "report.html").exists()
     assert contents(tmp_path) == before
+
+
+def _forged_row(field: str, value: object):
+    def forge(video):
+        for row in store.traces.rows(video.database, "1"):
+            store.traces.insert(video.database, row._replace(**{field: value}))
+        store.traces.put(video.database, "snapshot", "null")
+
+    return forge
+
+
+def _forged_mention(field: str, value: object):
+    def forge(video):
+        found = store.traces.mentions(video.database, "1")
+        store.traces.insert_mentions(video.database, (m._replace(**{field: value}) for m in found))
+
+    return forge
+
+
+def _forged_state(video):
+    state = jax.device_get(store.load_state(video))
+    data = store.arrays.state_to_bytes(state.replace(clock=np.float32(np.nan)))
+    snapshot = json.loads(store.traces.get(video.database, "snapshot"))
+    (video.folder / snapshot["name"]).write_bytes(data)
+    snapshot["sha256"] = store.arrays.digest(data)
+    store.traces.put(video.database, "snapshot", json.dumps(snapshot))
+
+
+FORGED = {
+    "strength": _forged_row("strength", "x"),
+    "time": _forged_row("stop", None),
+    "endless time": _forged_row("stop", float("inf")),
+    "start": _forged_row("start", b"x"),
+    "action": _forged_row("action", 2**40),
+    "node": _forged_row("node", "[]"),
+    "caption": _forged_row("caption", b"x"),
+    "labels": _forged_row("labels", "[" * 5000),
+    "surest label": _forged_row("labels", '[["x", NaN]]'),
+    "item": _forged_row("item", b"x"),
+    "mention": _forged_mention("slot", b"x"),
+    "mentions": _forged_mention("count", 2**30),
+    "state": _forged_state,
+} | {
+    f"snapshot {value}": lambda video, value=value: store.traces.put(
+        video.database, "snapshot", value
+    )
+    for value in (
+        7,
+        "x",
+        "[]",
+        '{"name": 7, "clips": 5, "sha256": ""}',
+        '{"name": "../../x.safetensors", "clips": 5, "sha256": ""}',
+        '{"name": "state-000005.safetensors", "clips": "x", "sha256": ""}',
+    )
+}
+
+
+@pytest.mark.parametrize("part", FORGED)
+def test_a_forged_memory(part, memory, refused):
+    """Damage under a checksum that is right."""
+    with store.open_store(memory, "scenes", writable=True) as video:
+        FORGED[part](video)
+    assert "scenes" in refused("ask", QUESTION, "--memory", memory)
+    assert "scenes" in refused("report", "--memory", memory)
+
+
+def test_a_memory_of_other_networks(memory, refused, monkeypatch):
+    space = asking.load_space()
+    other = space._replace(background=space.background[:, :16])
+    monkeypatch.setattr(asking, "load_space", lambda: other)
+    assert "networks of another kind" in refused("ask", QUESTION, "--memory", memory)
 
 
 def test_damage_of_one_video_leaves_the_others(scenes, memory, tmp_path, refused, capfd):
@@ -709,6 +823,16 @@ def test_text_that_the_terminal_cannot_show(memory, tmp_path):
         PYTHONIOENCODING="ascii", PYTHONUTF8="0",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_home(memory, refused, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MMMEM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "MMMEM_CACHE" in refused("ask", QUESTION, "--memory", memory)
 
 
 @pytest.mark.parametrize(

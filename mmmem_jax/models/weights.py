@@ -89,10 +89,17 @@ SMOLLM2 = Pinned(
 
 
 def default_cache_dir() -> Path:
-    """Returns $MMMEM_CACHE, or mmmem_jax in the user's cache folder."""
+    """Returns $MMMEM_CACHE, or mmmem_jax in the user's cache folder.
+
+    Raises:
+      UserError: if there is neither.
+    """
     if chosen := os.environ.get("MMMEM_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmmem_jax"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmmem_jax"
+    except RuntimeError:
+        raise UserError("this user has no home; name a folder for weights in MMMEM_CACHE") from None
 
 
 def fetch_minilm(cache_dir: str | Path | None = None) -> Path:

@@ -74,6 +74,8 @@ def item_from_bytes(data: bytes, dim: int) -> Item:
     found = {name: (x.shape, x.dtype.name) for name, x in table.items()}
     if found != expected:
         raise ValueError("another shape than an item's")
+    if not all(np.isfinite(x).all() for x in table.values()):
+        raise ValueError("numbers that are none")
     return Item(**{k: x.astype(np.float32) if k in HALF else x for k, x in table.items()})
 
 
@@ -131,6 +133,8 @@ def read_state(path: Path, sha256: str, config: MemoryConfig) -> MemoryState:
         found = {name: (x.shape, x.dtype) for name, x in table.items()}
         if found != dict(zip(_names(shapes), expected, strict=True)):
             why = "its arrays have other shapes than video.json says"
+        elif not all(np.isfinite(x).all() for x in table.values()):
+            why = "it holds numbers that are none"
     if why is not None:
         raise UserError(
             f"{path} is damaged ({why}), though its clips are whole: copy the file back, or delete "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -136,6 +137,8 @@ def read_clips(store: VideoStore, indices: Iterable[int] | None = None) -> list[
         chosen = "clip IN (SELECT value FROM json_each(?))"
         for m in traces.mentions(store.database, chosen, (json.dumps(sorted(rows)),)):
             if rows[m.clip].item is not None:
+                if m.count > traces.MOST_NAMED:
+                    raise sqlite3.DatabaseError(f"mention of clip {m.clip}")
                 named.setdefault(m.clip, []).extend([(m.slot, m.name)] * m.count)
         missing = set(indices or ()) - rows.keys()
         if missing:

@@ -6,6 +6,7 @@ another caption. Version and kind of the file are in its `user_version` and `app
 
 import contextlib
 import json
+import math
 import os
 import re
 import sqlite3
@@ -72,10 +73,27 @@ class Row(NamedTuple):
     item: bytes | None
 
 
+# Types of the columns and of `meta`; the bounds below are those of int32 and float32.
+_ROW = (int, float, float, int, float, int, str, str, str, str, bytes | None)
+_MENTION = (int, int, int, str, int)
+_META = {"header": str, "clips": int, "finished": int, "frames_dropped": int, "snapshot": str}
+MOST_NAMED = 1024  # times that one clip gives an entity a name
+
+
 def seal(values: tuple) -> int:
     """CRC-32 over the values of a row (integers, floats, text, None, and the CRC-32 of bytes)."""
     plain = tuple(zlib.crc32(x) if isinstance(x, bytes) else x for x in values)
     return zlib.crc32(repr(plain).encode())
+
+
+def _possible(values: Iterable, types: Iterable) -> bool:
+    """Whether a row can be ours: a checksum is no proof of that, anyone may compute it."""
+    return all(
+        isinstance(x, kind)
+        and not (isinstance(x, int) and not -(2**31) <= x < 2**31)
+        and not (isinstance(x, float) and not abs(x) < 3.4e38)
+        for x, kind in zip(values, types, strict=True)
+    )
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
@@ -203,7 +221,8 @@ def put(database: sqlite3.Connection, key: str, value: object) -> None:
 def get(database: sqlite3.Connection, key: str) -> object:
     """One value of `meta`; raises sqlite3.DatabaseError where it is damaged."""
     found = database.execute("SELECT value, crc FROM meta WHERE key = ?", (key,)).fetchone()
-    if found is None or found[1] != seal((key, found[0])):
+    sealed = found is not None and found[1] == seal((key, found[0]))
+    if not sealed or not _possible(found[:1], (_META[key],)):
         raise sqlite3.DatabaseError(f"meta {key}")
     return found[0]
 
@@ -218,7 +237,7 @@ def rows(database: sqlite3.Connection, where: str, values: tuple = ()) -> list[R
     """Clips by index, whole; `where` is a condition of this package, never of a user."""
     found = database.execute(f"SELECT * FROM clips WHERE {where} ORDER BY clip", values).fetchall()
     for *row, crc in found:
-        if crc != seal(row):
+        if crc != seal(row) or not _possible(row, _ROW):
             raise sqlite3.DatabaseError(f"clip {row[0]}")
     return [Row(*row) for *row, _ in found]
 
@@ -257,7 +276,7 @@ def mentions(database: sqlite3.Connection, where: str, values: tuple = ()) -> li
     """Mentions in the order of slot, entity, clip, name."""
     found = database.execute(f"SELECT * FROM mentions WHERE {where}", values).fetchall()
     for *row, crc in found:
-        if crc != seal(row):
+        if crc != seal(row) or not _possible(row, _MENTION):
             raise sqlite3.DatabaseError(f"mention of clip {row[2]}")
     return sorted(Mention(*row) for *row, _ in found)
 
@@ -294,8 +313,10 @@ def record_of(row: Row, entities: tuple, folder: Path, dim: int) -> ClipRecord:
     try:
         labels = tuple((str(name), float(p)) for name, p in json.loads(row.labels))
         frames = tuple((float(time), str(name)) for time, name, _ in json.loads(row.frames))
+        if not all(math.isfinite(x) for x in (*(p for _, p in labels), *(t for t, _ in frames))):
+            raise ValueError("a number that is none")
         item = None if row.item is None else arrays.item_from_bytes(row.item, dim)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise sqlite3.DatabaseError(f"clip {row.clip}: {error}") from None
     return ClipRecord(
         index=row.clip,

@@ -210,7 +210,14 @@ def _sweep(store: VideoStore) -> None:
 
 def snapshot_of(store: VideoStore) -> dict | None:
     """Name, clips and sha256 of the newest snapshot, None before the first."""
-    found = json.loads(traces.get(store.database, "snapshot"))
-    if found is not None and not SNAPSHOT_NAME.fullmatch(found["name"]):
+    try:
+        found = json.loads(traces.get(store.database, "snapshot"))
+        if found is None:
+            return None
+        name, clips, sha256 = found["name"], found["clips"], found["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise sqlite3.DatabaseError("meta snapshot") from None
+    kinds = isinstance(name, str) and isinstance(clips, int) and isinstance(sha256, str)
+    if not kinds or not SNAPSHOT_NAME.fullmatch(name):
         raise sqlite3.DatabaseError("meta snapshot")
     return found

@@ -183,6 +183,11 @@ def load(
         states = jax.device_get(states)
         joined = join(states)
         space = space or load_space()
+        if space.background.shape[1] != joined.state.config.dim:
+            raise UserError(
+                f"{memory_dir} was made with networks of another kind ({joined.state.config.dim}"
+                f" numbers for a text, not {space.background.shape[1]}); build it again"
+            )
     except BaseException:
         for opened in stores:
             opened.close()
