@@ -4,6 +4,7 @@ Scene changes are PySceneDetect's (`ContentDetector`, the mean change of hue, sa
 luminance), with the threshold of MM-Mem's released settings (20-27).
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -36,6 +37,7 @@ def clips(
     threshold: float = 27.0,
     fps: float = 5.0,
     first_index: int = 0,
+    first_end: float | None = None,
 ) -> Iterator[Clip]:
     """Cuts `stream` into clips, each yielded once the first frame after it is seen.
 
@@ -50,6 +52,8 @@ def clips(
       threshold: change of a frame, in levels of 255, that is a scene change.
       fps: the frame rate `stream` was read with.
       first_index: of the first clip.
+      first_end: where the first clip ends, in seconds, if that is known of an earlier pass: there,
+        whatever its pictures show. If no frame is left before it, the clip is not yielded again.
     """
     later = deque(sorted(cues))
     shown: list[Cue] = []
@@ -57,30 +61,36 @@ def clips(
 
     def finish(end: float) -> Clip:
         nonlocal shown
-        span = (frames[0].time, min(end, frames[0].time + max_seconds))
+        span = (frames[0].time, end)
         while later and later[0].t0 < span[1]:
             shown.append(later.popleft())
         shown = sorted(cue for cue in shown if cue.t1 > span[0])
         return Clip(index, span, tuple(frames), overlapping(shown, span))
 
     index = first_index
+    detector = _detector(threshold)
     for item in stream:
         if isinstance(item, Cue):
             shown.append(item)
             continue
-        if not frames:
-            detector = _detector(threshold)
-        long = item.time - frames[0].time if frames else 0.0
-        cut = _is_cut(detector, item, fps)
-        if long >= max_seconds - _EPSILON or (cut and long >= _MIN_SECONDS - _EPSILON):
-            yield finish(item.time)
-            index += 1
-            frames = []
+        if first_end is not None:
+            end, cut = first_end, False
+        elif frames:
+            end = frames[0].time + max_seconds
+            long_enough = item.time - frames[0].time >= _MIN_SECONDS - _EPSILON
+            cut = _is_cut(detector, item, fps) and long_enough
+        else:
+            end, cut = math.inf, True
+        if cut or item.time >= end - _EPSILON:
+            if frames:
+                yield finish(end if first_end is not None else min(item.time, end))
+            index += bool(frames) or first_end is not None
+            frames, first_end = [], None
             detector = _detector(threshold)
             _is_cut(detector, item, fps)
         frames.append(item)
     if frames:
-        yield finish(frames[-1].time + 1 / fps)
+        yield finish(frames[-1].time + 1 / fps if first_end is None else first_end)
 
 
 def _detector(threshold: float) -> ContentDetector:

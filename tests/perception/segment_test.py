@@ -57,6 +57,19 @@ def test_going_on_at_any_clip_gives_the_same_clips(scenes, gaps, data):
     assert again == whole[done + 1 :]
 
 
+@settings(deadline=None, max_examples=40)
+@given(scenes, st.integers(0, 80))
+def test_the_first_clip_ends_where_it_is_told(scenes, after):
+    frames = stream_of(scenes)
+    end = round(after / FPS, 6)
+    before = tuple(frame for frame in frames if frame.time < end)
+    rest = list(clips([f for f in frames if f.time >= end], fps=FPS, first_index=8))
+    found = list(clips(frames, fps=FPS, first_index=7, first_end=end))
+    if before:
+        assert found.pop(0) == (7, (0.0, end), before, ())
+    assert found == rest
+
+
 def test_a_clip_ends_at_a_cut_unless_it_is_short():
     starts = [clip.span[0] for clip in clips(stream_of([15, 3, 20, 60]), fps=FPS)]
     # Cuts at 3.0, 3.6 and 7.6; the scene of 0.6 s stays with what follows; the last is over 10 s.
