@@ -56,7 +56,7 @@ class VideoSearch:
     """
 
     output: RetrievalOutput  # Q is 1, O is C; log_probs are those of the candidates
-    gamma: jax.Array  # [] answer entropy at which it may stop, nats
+    gamma: jax.Array  # [] answer entropy at which it may stop, nats; -1: it is not stopped by that
     scores: jax.Array  # [N] of the slots, for the question or the option chosen; LOWEST if invalid
     tokens: jax.Array  # [N] int32, to read each slot
     moments: jax.Array  # [M] int32, best first, slots of episodes and of items without episode
@@ -113,6 +113,7 @@ def _moments(state: MemoryState, scores: Float[Array, "N"], entities_read: int, 
         moments. An entity lifts the episodes it is grounded in; what an episode shows itself, and
         then its verbatim items, adds to that. LOWEST: the evidence does not touch it.
       best_item: int32, the item of each moment that scores highest, -1 if none is held.
+      orphans: bool [N1], items that are moments themselves: held by no episode.
     """
     n1, n2 = state.sensory.valid.shape[0], state.episodic.valid.shape[0]
     grounding, holds = ev.links(state)
@@ -133,7 +134,7 @@ def _moments(state: MemoryState, scores: Float[Array, "N"], entities_read: int, 
         total = jnp.where((shown > LOWEST) | (lifted > 0), total, LOWEST)
         return jnp.concatenate([jnp.where(item & orphan, items, LOWEST), total])
 
-    return score, jnp.concatenate([jnp.where(orphan, jnp.arange(n1), -1), best_held])
+    return score, jnp.concatenate([jnp.where(orphan, jnp.arange(n1), -1), best_held]), orphan
 
 
 def _answered(state, output, gamma, scores, moment_fn, best_item, config) -> VideoSearch:
@@ -174,9 +175,9 @@ def search_moments(
 ) -> VideoSearch:
     """Searches for the moments that an open question is about (eq. 12, 13 over moments).
 
-    The candidates are the moments for which a search to its end would say most. After each step
-    they are weighed by the evidence read so far; the same gate as over options decides whether to
-    drill down.
+    The candidates after each step are the moments for which the evidence read so far says most; as
+    many moments count as there are, up to a fixed number. What was not read has no say. The same
+    gate as over options decides whether to drill down.
 
     Args:
       state: the memory, without batch axes.
@@ -188,18 +189,19 @@ def search_moments(
     scores = slot_scores(state, question[None], background, calibration)
     found = top_down.order(state, scores, config)
     entities_read = _entities_read(state, config)
-    moment_fn, best_item = _moments(state, scores[0], entities_read, calibration.lift)
+    moment_fn, best_item, orphans = _moments(state, scores[0], entities_read, calibration.lift)
     count = _number_of_moments(state, config)
-    final, candidates = jax.lax.top_k(moment_fn(found[0][0] < len(config.step_levels)), count)
-    is_there = final > LOWEST
+    num_moments = jnp.minimum(count, state.episodic.valid.sum() + orphans.sum())
+    is_there = jnp.arange(count) < num_moments
 
     def answer_fn(mask):
-        logits = jnp.maximum(moment_fn(mask[0])[candidates], 0.0) / calibration.temperature
+        best = jax.lax.top_k(moment_fn(mask[0]), count)[0]
+        logits = jnp.maximum(best, 0.0) / calibration.temperature
         return jnp.where(is_there, logits, -1e9)[None]
 
-    gamma = jnp.asarray(gammas(config.confidence, count))[is_there.sum()]
-    gate = jnp.where(is_there.sum() > 1, gamma, -1.0)  # the only moment is read before it is told
-    output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gate, config=config)
+    gamma = jnp.asarray(gammas(config.confidence, count))[num_moments]
+    gamma = jnp.where(num_moments > 1, gamma, -1.0)  # the only moment is read before it is told
+    output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gamma, config=config)
     return _answered(state, output, gamma, scores[0], moment_fn, best_item, config)
 
 
@@ -238,5 +240,5 @@ def search_options(
     output = top_down.drill_down(state, found, answer_fn=answer_fn, gamma=gamma, config=config)
     scores = by_option[jnp.argmax(output.log_probs[0])]
     entities_read = _entities_read(state, config)
-    moment_fn, best_item = _moments(state, scores, entities_read, calibration.lift)
+    moment_fn, best_item, _ = _moments(state, scores, entities_read, calibration.lift)
     return _answered(state, output, gamma, scores, moment_fn, best_item, config)

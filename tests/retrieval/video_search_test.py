@@ -9,6 +9,7 @@ import pytest
 
 from mmmem_jax import memory
 from mmmem_jax.memory import MemoryConfig
+from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.retrieval import evidence as ev
 from mmmem_jax.retrieval import top_down
 from mmmem_jax.retrieval import video_search as vs
@@ -173,6 +174,26 @@ class TestMoments:
                 [found[0].output.answer_entropy] * 2, atol=1e-6,
             )  # fmt: skip
 
+    @pytest.mark.parametrize("which", ["state", "orphaned"])
+    @pytest.mark.parametrize("level", ["episodic", "sensory"])
+    def test_changing_what_is_not_read_changes_no_entropy_before_it_is_read(
+        self, request, which, level
+    ):
+        """Eq. 12: H_s is of the evidence read until then."""
+        there = request.getfixturevalue(which)
+        table = getattr(there, level)
+        other = toys.random_memory(1, MEMORY, num_chunks=24)
+        names = ("text", "visual" if level == "sensory" else "prototypes")
+        changed = {name: getattr(getattr(other, level), name) for name in names}
+        elsewhere = there.replace(**{level: table.replace(**changed)})
+        first = vs.RETRIEVAL.step_levels.index(LEVELS.index(level))
+        later = []
+        for q in QUESTIONS[0]:
+            found = [moments(s, q, config=ALL).output.answer_entropy[0] for s in (there, elsewhere)]
+            np.testing.assert_allclose(found[1][:first], found[0][:first], atol=1e-5)
+            later.append(np.abs(found[1][first:] - found[0][first:]).max())
+        assert max(later) > 0.01  # it does count once it is read
+
     def test_probabilities_sum_to_one_and_entropies_are_bounded(self, state, orphaned):
         for memory_state in (state, orphaned):
             for q in QUESTIONS[0]:
@@ -189,7 +210,7 @@ class TestMoments:
         alone = state.replace(episodic=one, sensory=gone, schema=graph)
         for q in QUESTIONS[0]:
             found = moments(alone, q)
-            assert float(found.gamma) == 0
+            assert float(found.gamma) == -1
             assert np.all(np.asarray(found.output.answer_entropy) == 0)
             assert found.moments.tolist() == [N1] + [-1] * 7
             assert found.output.entered[0, N1] <= found.output.stop_step[0]
