@@ -4,6 +4,7 @@ Each frame is predicted from others, so all are decoded, but for those that no o
 that are not sampled. Only sampled frames are scaled and made RGB.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ _MAX_PIXELS = 8192 * 8192
 _MAX_ASPECT = 8  # of what comes out; narrower and wider pictures are squeezed
 _LONGEST = 1e7  # seconds, some 16 weeks; a longer duration is a mistake of the file's
 _LONGEST_GAP = 86400.0  # seconds between two frames; a later frame has a wrong time
+_HELD = 1.0  # seconds without a new picture, after which the old one is shown again
 _EPSILON = 1e-6  # seconds, far under any frame's length: rounding of times
 # Codecs whose non-reference pictures FFmpeg can leave out with no effect on any other. (In HEVC,
 # pictures of a higher temporal layer may need them.)
@@ -92,7 +94,8 @@ def read(
       source: a path, or a URL.
       fps: frames a second at most.
       short_side: pixels of the shorter side of the yielded images.
-      start: seconds; what is earlier is left out. The frames are those of an uninterrupted read.
+      start: seconds; what is earlier is left out. The frames are those of an uninterrupted read;
+        but where none comes for long (see `is_held`), the one on screen comes first, at `start`.
       format: FFmpeg's name of the input format, such as "v4l2" for a camera; None finds it out.
       options: FFmpeg's options of the input format and its protocol.
 
@@ -121,15 +124,38 @@ def read(
                 time = last
                 damage.misplaced += 1
             elif _tick(time, fps) != seen:
-                seen = _tick(time, fps)
+                before, seen = seen, _tick(time, fps)
                 if time >= start - _EPSILON:
-                    shape = shape or _scaled_size(_displayed_size(size, item), short_side)
+                    if shape is None:
+                        shape = _scaled_size(_displayed_size(size, item), short_side)
+                        if before is not None and is_held(start, time, fps):
+                            earlier = read(
+                                source, fps=fps, short_side=short_side, start=before / fps,
+                                format=format, options=options,
+                            )  # fmt: skip
+                            yield from _first_shown(earlier, start)
                     yield Frame(time, _upright(item, shape, reformatter))
         if time is None:
             raise _nothing_decoded(source)
         # Some formats count the duration from zero, not from the first frame.
         first = float((stream.start_time or 0) * stream.time_base)
         damage.warn(source, time, (_duration(container, stream) or 0.0) - max(0.0, first))
+
+
+def is_held(time: float, until: float, fps: float) -> bool:
+    """Whether to show a picture again at `time`, in seconds, if the next one comes at `until`.
+
+    That is so from one second on, and from two ticks on.
+    """
+    return until - time >= max(_HELD, 2 / fps)
+
+
+def _first_shown(stream: Iterator[Frame | Cue], time: float) -> Iterator[Frame]:
+    """The first frame of `stream`, if it is earlier than `time`, as one of that time."""
+    with contextlib.closing(stream):
+        frame = next((item for item in stream if isinstance(item, Frame)), None)
+    if frame is not None and frame.time < time:
+        yield frame._replace(time=time)
 
 
 class _Damage:

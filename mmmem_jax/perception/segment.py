@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from scenedetect import ContentDetector, FrameTimecode
 
-from mmmem_jax.perception.decode import Frame
+from mmmem_jax.perception.decode import Frame, is_held
 from mmmem_jax.perception.subtitles import Cue, overlapping
 
 _MIN_SECONDS = 1.0  # a scene that is shorter stays with what follows it
+_LONGEST_HELD = 3600.0  # seconds; what is silent for longer was off
 _STEP = 2  # every second pixel each way is enough to see a cut
 _EPSILON = 1e-6  # seconds: rounding of times
 
@@ -41,14 +42,17 @@ def clips(
 ) -> Iterator[Clip]:
     """Cuts `stream` into clips, each yielded once the first frame after it is seen.
 
-    A clip ends at a scene change, unless it is under one second long, or after `max_seconds`. Its
-    span ends where the next one starts, after `max_seconds` if that is sooner, and 1/fps after its
-    last frame if it is the last. A clip depends on nothing before it: a stream that starts at
-    a clip's end gives the same clips as one that goes through it.
+    A clip ends at a scene change, unless it is under one second long, or after `max_seconds`. A
+    picture stays on screen until the next one comes: where that is long after `max_seconds` (see
+    `decode.is_held`), the picture begins the next clip, with the time of its start; where it is
+    soon, the clip lasts until then. So clips tile the stream; only where no picture comes for over
+    an hour they leave a hole. The last one ends 1/fps after its last frame. A clip depends on
+    nothing before it: `decode.read` from a clip's end on gives the same clips as a whole pass.
 
     Args:
       stream: frames by rising time, captions among them, as from `decode.read`.
-      cues: more captions, as from `read_subtitles`. A cue goes with every clip that it overlaps.
+      cues: more captions, as from `read_subtitles`. A cue goes with every clip that it overlaps;
+        in a hole and after the last frame, with the clip before.
       threshold: change of a frame, in levels of 255, that is a scene change.
       fps: the frame rate `stream` was read with.
       first_index: of the first clip.
@@ -59,13 +63,14 @@ def clips(
     shown: list[Cue] = []
     frames: list[Frame] = []
 
-    def finish(end: float) -> Clip:
+    def finish(end: float, until: float) -> Clip:
+        """The clip, with the cues before `until`."""
         nonlocal shown
-        span = (frames[0].time, end)
-        while later and later[0].t0 < span[1]:
+        start = frames[0].time
+        while later and later[0].t0 < until:
             shown.append(later.popleft())
-        shown = sorted(cue for cue in shown if cue.t1 > span[0])
-        return Clip(index, span, tuple(frames), overlapping(shown, span))
+        shown = sorted(cue for cue in shown if cue.t1 > start)
+        return Clip(index, (start, end), tuple(frames), overlapping(shown, (start, until)))
 
     index = first_index
     detector = _detector(threshold)
@@ -73,24 +78,29 @@ def clips(
         if isinstance(item, Cue):
             shown.append(item)
             continue
-        if first_end is not None:
-            end, cut = first_end, False
-        elif frames:
-            end = frames[0].time + max_seconds
-            long_enough = item.time - frames[0].time >= _MIN_SECONDS - _EPSILON
-            cut = _is_cut(detector, item, fps) and long_enough
-        else:
-            end, cut = math.inf, True
-        if cut or item.time >= end - _EPSILON:
+        end = frames[0].time + max_seconds if frames else -math.inf
+        end = end if first_end is None else first_end
+        while frames and is_held(end, item.time, fps) and item.time - end <= _LONGEST_HELD:
+            yield finish(end, end)
+            index, first_end = index + 1, None
+            frames = [Frame(end, frames[-1].image)]
+            detector = _detector(threshold)
+            _is_cut(detector, frames[0], fps)
+            end += max_seconds
+        cut = first_end is None and _is_cut(detector, item, fps)
+        if item.time >= end - _EPSILON or (
+            cut and item.time - frames[0].time >= _MIN_SECONDS - _EPSILON
+        ):
             if frames:
-                yield finish(end if first_end is not None else min(item.time, end))
+                exact = first_end is not None or is_held(end, item.time, fps)
+                yield finish(end if exact else item.time, item.time)
             index += bool(frames) or first_end is not None
             frames, first_end = [], None
             detector = _detector(threshold)
             _is_cut(detector, item, fps)
         frames.append(item)
     if frames:
-        yield finish(frames[-1].time + 1 / fps if first_end is None else first_end)
+        yield finish(frames[-1].time + 1 / fps if first_end is None else first_end, math.inf)
 
 
 def _detector(threshold: float) -> ContentDetector:
