@@ -102,6 +102,11 @@ def _memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name", help="name of the video in the memory (default: from the file's name)"
     )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="forget what is remembered of the video, and start anew",
+    )
 
 
 def _add_build(commands) -> None:
@@ -115,11 +120,6 @@ def _add_build(commands) -> None:
         type=Path,
         metavar="FILE",
         help=".srt or .vtt (default: one beside the video, else the video's own)",
-    )
-    parser.add_argument(
-        "--again",
-        action="store_true",
-        help="forget what is remembered of the video, and start anew",
     )
 
 
@@ -203,7 +203,10 @@ def _watch(args: argparse.Namespace) -> None:
 
     _use_compilation_cache()
     builder = build.make_builder(build.Settings(policy=args.policy, slots=args.slots))
-    print(watch.told(watch.watch(builder, args.source, args.memory, args.name, speed=args.speed)))
+    watched = watch.watch(
+        builder, args.source, args.memory, args.name, speed=args.speed, again=args.again
+    )
+    print(watch.told(watched))
 
 
 def _report(args: argparse.Namespace) -> None:

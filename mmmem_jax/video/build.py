@@ -69,8 +69,8 @@ class Built(NamedTuple):
     """What a build did, and how long its stages took (s, on their own threads)."""
 
     video_id: str
-    counts: store.Counts
-    seconds_of_video: float
+    counts: store.Counts  # of the whole memory
+    seconds_of_video: float  # that this build read; 0 where all was remembered already
     seconds: float
     stages: dict[str, float]
 
@@ -81,10 +81,19 @@ def make_builder(settings: Settings, perception: lite.Perception | None = None) 
     Raises:
       UserError: if weights cannot be fetched, or there is no such policy.
     """
-    policy = load_policy(settings.policy, num_slots=settings.slots)
+    policy = load_policy(settings.policy)
     config = policy.configure(settings.memory_config())
-    header = {"perception": "lite", "policy": policy.name, "slots": settings.slots}
+    name = f"{policy.name}-{_digest(policy.params)}"  # a run trained on is another policy
+    header = {"perception": "lite", "policy": name, "slots": settings.slots}
     return Builder(config, perception or lite.load_perception(), _make_decide(policy), header)
+
+
+def _digest(params) -> str:
+    """Tells parameters apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _make_decide(policy: Policy):
@@ -152,44 +161,58 @@ def build(
     """
     info = _probe(source)
     video_id = name or store.video_id_of(source)
-    header = builder.header | source_header(source)
-    cues = _read_cues(source, subtitle_file)
+    made_of, cues = file_and_cues(source, subtitle_file)
+    header = builder.header | made_of
     started, stages = time.perf_counter(), dict.fromkeys(STAGES, 0.0)
     with open_video(memory_dir, video_id, header, builder.config, again=again) as video:
         done = store.progress(video)
         if not done.finished:
             with _progress_bar(video_id, info.duration, done.end) as bar:
                 for record in remember(
-                    builder, video, _clips_of_file(source, video, cues, stages), stages
+                    builder, video, _read_ahead(source, video, cues, stages), stages
                 ):
                     bar.update(round(record.span[1] - bar.n, 1))
             store.finish(video, store.load_state(video))
-        counts, end = store.counts(video), store.progress(video).end
-    return Built(video_id, counts, end, time.perf_counter() - started, stages)
+        counts, new = store.counts(video), store.progress(video).end - done.end
+    return Built(video_id, counts, new, time.perf_counter() - started, stages)
 
 
 def told(built: Built) -> str:
     """One line for people."""
     n, seconds = built.counts, max(built.seconds, 1e-3)
+    did = "was remembered already"
+    if built.seconds_of_video:
+        speed = built.seconds_of_video / seconds
+        did = (
+            f"{built.seconds_of_video:.0f} s of video in {seconds:.0f} s ({speed:.0f} x real time)"
+        )
     return (
-        f"{built.video_id}: {built.seconds_of_video:.0f} s of video in {built.seconds:.0f} s"
-        f" ({built.seconds_of_video / seconds:.0f} x real time), {n.seen} clips: {n.kept} episodes"
-        f" opened, {n.merged} clips merged, {n.discarded} discarded"
+        f"{built.video_id}: {did}, {n.seen} clips: {n.kept} episodes opened, {n.merged} clips"
+        f" merged, {n.discarded} discarded"
     )
 
 
-def source_header(source: str, *, live: bool = False) -> dict:
-    """What tells the source of a memory: a file's size, and SHA-256 of its first and last MB."""
-    if live:
-        return {"source": store.video_id_of(source), "fingerprint": "live"}
+def file_and_cues(
+    source: str, subtitle_file: Path | None
+) -> tuple[dict, tuple[subtitles.Cue, ...]]:
+    """What tells a file and its subtitles (size, SHA-256 of the first and last MB), and the cues.
+
+    Subtitles are those of `subtitle_file`, else of one beside the video, else the video's own.
+    """
     digest = hashlib.sha256()
     with open(source, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(1 << 20))
         file.seek(max(size - (1 << 20), 0))
         digest.update(file.read(1 << 20))
-    fingerprint = f"{size}-{digest.hexdigest()[:32]}"
-    return {"source": Path(source).name, "fingerprint": fingerprint}
+    beside = subtitle_file or subtitles.find_subtitles(source)
+    cues = subtitles.read_subtitles(beside) if beside else ()
+    header = {
+        "source": Path(source).name,
+        "fingerprint": f"{size}-{digest.hexdigest()[:32]}",
+        "subtitles": hashlib.sha256(beside.read_bytes()).hexdigest()[:32] if beside else "",
+    }
+    return header, cues
 
 
 def open_video(
@@ -283,34 +306,35 @@ def _jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read_cues(source: str, subtitle_file: Path | None) -> tuple[subtitles.Cue, ...]:
-    path = subtitle_file or subtitles.find_subtitles(source)
-    return () if path is None else subtitles.read_subtitles(path)
+class Rest(NamedTuple):
+    """What is left of a source: frames and cues, and index and end of the first clip to cut."""
+
+    stream: Iterator[decode.Frame | subtitles.Cue]
+    index: int
+    end: float | None  # s; None: where the pictures say
 
 
-def rest_of_file(
-    source: str, video: store.VideoStore
-) -> tuple[Iterator[decode.Frame | subtitles.Cue], int]:
-    """A file from its last stored clip on, and that clip's index.
+def rest_of_file(video: store.VideoStore, source: str, cues: tuple[subtitles.Cue, ...]) -> Rest:
+    """A file from its last stored clip on; without its own subtitles, where there are other `cues`.
 
-    The last stored clip comes again: what changed since it can be told of the next one.
+    The last stored clip comes again, as it was: what changed since it can be told of the next one.
     """
-    done = store.progress(video).clips
-    start = store.read_clips(video, [done - 1])[0].span[0] if done else 0.0
-    return decode.read(source, fps=lite.SENSORY_FPS, start=start), max(done - 1, 0)
+    done, start, end = store.progress(video).clips, 0.0, None
+    if done:
+        start, end = store.read_clips(video, [done - 1])[0].span
+    stream = decode.read(source, fps=lite.SENSORY_FPS, start=start)
+    stream = (x for x in stream if not (cues and isinstance(x, subtitles.Cue)))
+    return Rest(stream, max(done - 1, 0), end)
 
 
-def _clips_of_file(source: str, video: store.VideoStore, cues, stages) -> Iterator[segment.Clip]:
+def _read_ahead(source: str, video: store.VideoStore, cues, stages) -> Iterator[segment.Clip]:
     """The clips that are left of a file, made on a thread of their own."""
-    stream, first = rest_of_file(source, video)
-    frames = _timed_items(_without_repeats(stream, cues), stages, "decode")
-    clips = segment.clips(frames, cues, fps=lite.SENSORY_FPS, first_index=first)
+    rest = rest_of_file(video, source, cues)
+    frames = _timed_items(rest.stream, stages, "decode")
+    clips = segment.clips(
+        frames, cues, fps=lite.SENSORY_FPS, first_index=rest.index, first_end=rest.end
+    )
     return ahead(_timed_items(clips, stages, "segment", less="decode"), AHEAD)
-
-
-def _without_repeats(stream, cues):
-    """`stream` without its own subtitles where there are others, which would say the same."""
-    return (x for x in stream if not (cues and isinstance(x, subtitles.Cue)))
 
 
 def ahead(items: Iterator[_T], size: int) -> Iterator[_T]:

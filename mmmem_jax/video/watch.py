@@ -53,14 +53,15 @@ class Feed:
 
     Args:
       stream: where they come from; read on a thread that starts now.
-      stop: once set, nothing more is taken in.
-      speed: of a file, which is played; None takes frames as they come.
+      stop: once set, nothing more is taken in, and a source that says nothing is not waited for.
+      speed: at which the stream is played; None takes frames as they come.
     """
 
     def __init__(
         self, stream: Iterable[Frame | Cue], stop: threading.Event, *, speed: float | None
     ):
         self.dropped = 0  # frames that found the queue full
+        self.handed = 0  # frames handed on
         self.arrived = 0.0  # time.monotonic() at which the newest frame handed on came in
         self._stop = stop
         self._queue: queue.Queue = queue.Queue(int(QUEUE_SECONDS * lite.SENSORY_FPS))
@@ -87,12 +88,12 @@ class Feed:
             self._ended.set()
 
     def __iter__(self) -> Iterator[Frame | Cue]:
-        while not (self._ended.is_set() and self._queue.empty()):
+        while not (self._queue.empty() and (self._ended.is_set() or self._stop.is_set())):
             with contextlib.suppress(queue.Empty):
                 self.arrived, cues, frame = self._queue.get(timeout=_POLL)
+                self.handed += 1
                 yield from cues
                 yield frame
-        self._thread.join()
         if self._error is not None:
             raise self._error
 
@@ -119,6 +120,7 @@ def watch(
     name: str | None = None,
     *,
     speed: float = 1.0,
+    again: bool = False,
     on_clip: Callable[[Remembered], None] = lambda _: None,
 ) -> Watched:
     """Remembers a stream until it ends, or until Ctrl-C (SIGINT) or SIGTERM.
@@ -132,26 +134,29 @@ def watch(
       memory_dir: made if it is not there.
       name: of the video in the memory; None takes the source's.
       speed: of a file.
+      again: forget what is remembered of it first.
       on_clip: called after each clip.
 
     Raises:
       UserError: if the source cannot be read or the memory cannot be written.
     """
     live = not os.path.isfile(source)
-    begun = _begin(source) if live else decode.probe(source)  # before a memory is made of nothing
-    video_id = name or store.video_id_of(source)
-    header = builder.header | build.source_header(source, live=live)
+    if live:
+        begun, cues = _begin(source), ()  # before a memory is made of nothing
+        made_of = {"source": store.video_id_of(source), "fingerprint": "live"}
+    else:
+        decode.probe(source)
+        made_of, cues = build.file_and_cues(source, None)
+    video_id, header = name or store.video_id_of(source), builder.header | made_of
     with (
-        build.open_video(memory_dir, video_id, header, builder.config) as video,
+        build.open_video(memory_dir, video_id, header, builder.config, again=again) as video,
         _stopping_on_signals() as stop,
     ):
-        if live:
-            done = store.progress(video)
-            stream, first = _shifted(begun, done.end), done.clips
-        else:
-            stream, first = build.rest_of_file(source, video)
-        feed = Feed(stream, stop, speed=None if live else speed)
-        clips = segment.clips(feed, fps=lite.SENSORY_FPS, first_index=first)
+        rest = _after(video, begun) if live else build.rest_of_file(video, source, cues)
+        feed = Feed(rest.stream, stop, speed=_live_speed(source) if live else speed)
+        clips = segment.clips(
+            feed, cues, fps=lite.SENSORY_FPS, first_index=rest.index, first_end=rest.end
+        )
         if not live:
             clips = _whole_clips(clips, stop)
         for done in remembered(builder, video, clips, feed):
@@ -177,7 +182,7 @@ def remembered(
 ) -> Iterator[Remembered]:
     """Takes clips into the memory as they come; yields what each cost."""
     stages = dict.fromkeys(build.STAGES, 0.0)
-    spent = 0.0
+    spent, handed = 0.0, 0
     bar = tqdm(desc=video.video_id, unit="clip", disable=not sys.stderr.isatty())
     records = build.remember(
         builder, video, clips, stages, batch=1, frames_dropped=lambda: feed.dropped
@@ -186,7 +191,7 @@ def remembered(
         for record in records:
             seconds = stages["perceive"] + stages["remember"] - spent
             spent += seconds
-            frames = max((record.span[1] - record.span[0]) * lite.SENSORY_FPS, 1.0)
+            frames, handed = max(feed.handed - handed, 1), feed.handed
             delay = time.monotonic() - feed.arrived
             bar.set_postfix_str(f"{delay:.1f} s behind, {feed.dropped} frames dropped")
             bar.update()
@@ -222,6 +227,17 @@ def _options(source: str) -> dict[str, str]:
     return {"rw_timeout": "10000000"} if "://" in source else {}
 
 
+def _live_speed(source: str) -> float | None:
+    """A recording, and what a live list begins with, come as fast as they can be fetched."""
+    return 1.0 if source.startswith(("http://", "https://")) else None
+
+
+def _after(video: store.VideoStore, stream: Iterator[Frame | Cue]) -> build.Rest:
+    """A live stream, put after what is stored."""
+    done = store.progress(video)
+    return build.Rest(_shifted(stream, done.end), done.clips, None)
+
+
 def _shifted(stream: Iterator[Frame | Cue], seconds: float) -> Iterator[Frame | Cue]:
     for thing in stream:
         if isinstance(thing, Cue):
@@ -247,6 +263,7 @@ def _stopping_on_signals() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
+        stop.set()  # for whoever still takes frames in
         for kind, handler in before.items():
             signal.signal(kind, handler)
 

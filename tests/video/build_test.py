@@ -87,6 +87,8 @@ def test_a_finished_video_is_not_read_again(toy_builder, scenes_video, tmp_path,
     monkeypatch.setattr(build.lite, "perceive", None)
     again = build.build(toy_builder, str(scenes_video), tmp_path)
     assert again.counts == first.counts
+    assert again.seconds_of_video == 0
+    assert "was remembered already" in build.told(again)
 
 
 def test_a_name_is_of_one_source_and_its_settings(toy_builder, scenes_video, tmp_path):
@@ -111,6 +113,14 @@ def test_subtitles_go_with_the_clips_they_overlap(toy_builder, scenes_video, tmp
     records, _, _ = _records(tmp_path / "memory")
     assert [i for i, r in enumerate(records) if r.subtitles] == [0, 1]
     assert 'Subtitle: "hello bread"' in records[0].caption
+
+
+def test_other_subtitles_are_another_memory(toy_builder, scenes_video, tmp_path):
+    captions = tmp_path / "words.srt"
+    captions.write_text("1\n00:00:01,000 --> 00:00:03,000\nhello bread\n")
+    build.build(toy_builder, str(scenes_video), tmp_path / "memory")
+    with pytest.raises(UserError, match="another subtitles"):
+        build.build(toy_builder, str(scenes_video), tmp_path / "memory", subtitle_file=captions)
 
 
 def test_broken_subtitles_leave_no_memory(toy_builder, scenes_video, tmp_path):

@@ -24,9 +24,12 @@ from pathlib import Path
 from mmmem_jax.testing.perception import toy_perception
 from mmmem_jax.video import build, watch
 
+watch.QUEUE_SECONDS = 1000.0
 builder = build.make_builder(build.Settings("keep_recent", slots=64), toy_perception())
 def tell(done):
     print("clip", done.record.index, flush=True)
+    if done.record.index == 2:
+        sys.stdin.readline()  # until the signal was sent
 print(watch.told(watch.watch(builder, sys.argv[1], Path(sys.argv[2]), speed=4.0, on_clip=tell)))
 """
 
@@ -38,7 +41,7 @@ def _frames(number: int):
 
 def _start(video, memory):
     script = [sys.executable, "-c", WATCHING, str(video), str(memory)]
-    return subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -75,6 +78,7 @@ def test_stopped_and_started_again_loses_nothing(toy_builder, scenes_video, tmp_
         if line.startswith("clip 2"):
             process.send_signal(kind)
             break
+    process.stdin.close()
     rest = process.stdout.read()
     process.stdout.close()
     assert process.wait() == (0 if kind != signal.SIGKILL else -9)
@@ -88,6 +92,44 @@ def test_stopped_and_started_again_loses_nothing(toy_builder, scenes_video, tmp_
     assert progress.finished
     for before, after in itertools.pairwise(clips):
         assert before.span[1] == after.span[0]
+
+
+def test_a_file_that_dropped_frames_goes_on(toy_builder, scenes_video, tmp_path, monkeypatch):
+    read = build.decode.read
+
+    def with_holes(source, **keys):  # as a full queue leaves them
+        return (f for f in read(source, **keys) if not 1.5 <= f.time % 4.0 < 3.0)
+
+    def stop_after_three(done):
+        if done.record.index == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.decode, "read", with_holes)
+        watch.watch(toy_builder, str(scenes_video), tmp_path, speed=50.0, on_clip=stop_after_three)
+    before, progress = _clips_of(tmp_path)
+    assert not progress.finished
+    build.build(toy_builder, str(scenes_video), tmp_path)
+    clips, progress = _clips_of(tmp_path)
+    assert progress.finished
+    assert [c.span for c in clips[: len(before)]] == [c.span for c in before]
+    for earlier, later in itertools.pairwise(clips):
+        assert earlier.span[1] == later.span[0]
+
+
+@pytest.mark.usefixtures("long_queue")
+def test_subtitles_beside_a_watched_file_are_read(toy_builder, scenes_video, tmp_path):
+    video = tmp_path / "scenes.mp4"
+    video.write_bytes(scenes_video.read_bytes())
+    video.with_suffix(".srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nhello bread\n")
+    watch.watch(toy_builder, str(video), tmp_path / "memory", speed=1000.0)
+    clips, _ = _clips_of(tmp_path / "memory")
+    assert [clip.index for clip in clips if clip.subtitles] == [0, 1]
+
+
+def test_a_recording_at_a_url_is_played_not_gulped():
+    assert watch._live_speed("https://somewhere/film.mp4") == 1.0
+    assert watch._live_speed("rtsp://somewhere/live") is None
 
 
 @pytest.mark.usefixtures("long_queue")
@@ -114,14 +156,16 @@ class TestFeed:
         size = int(watch.QUEUE_SECONDS * 5)
         frames = list(_frames(size + 4))
         stream = [*frames[: size + 2], Cue(1.0, 2.0, "hello"), *frames[size + 2 :]]
-        arrived = threading.Event()
+        full, arrived = threading.Event(), threading.Event()
 
         def slowly():
             yield from stream[:-1]
+            full.set()
             arrived.wait()
             yield stream[-1]
 
         feed = watch.Feed(slowly(), threading.Event(), speed=None)
+        full.wait()
         items = iter(feed)
         first = [next(items) for _ in range(size)]
         arrived.set()
@@ -138,6 +182,22 @@ class TestFeed:
         next(items)
         stop.set()
         assert len(list(items)) <= int(watch.QUEUE_SECONDS * 5)
+
+    def test_a_stop_does_not_wait_for_a_source_that_says_nothing(self):
+        stop, silence = threading.Event(), threading.Event()
+
+        def stalled():
+            yield from _frames(3)
+            silence.wait()
+
+        items = iter(watch.Feed(stalled(), stop, speed=None))
+        seen = [next(items) for _ in range(3)]
+        stop.set()
+        started = time.monotonic()
+        assert list(items) == []
+        assert time.monotonic() - started < 5.0
+        silence.set()
+        assert len(seen) == 3
 
     def test_what_goes_wrong_there_is_raised_here(self):
         def broken():
