@@ -39,7 +39,8 @@ class Policy(NamedTuple):
         return dataclasses.replace(config, **self.changes)
 
 
-# From tuned constants; none needs to know how long the stream will be.
+# From tuned constants. Rules that must know how long the stream will be are for evaluation only: a
+# video is remembered as it comes.
 _STREAMING: dict[str, Callable[[dict], rules.Rule]] = {
     "keep_recent": lambda _: rules.keep_recent(),
     "reservoir": lambda _: rules.reservoir(),
@@ -48,21 +49,15 @@ _STREAMING: dict[str, Callable[[dict], rules.Rule]] = {
     "kmeans": lambda _: rules.kmeans(),
     "forgetting_curve": lambda c: rules.forgetting_curve(c["half_life"], c["similarity"]),
 }
-# From (number of clips, slots).
-_WHOLE = {"uniform": rules.uniform, "uniform_merge": rules.uniform_merge}
-NAMES = ("lite", *_STREAMING, *_WHOLE)
+NAMES = ("lite", *_STREAMING)
 
 
-def load_policy(
-    name_or_path: str | Path = "lite", *, num_slots: int, num_clips: int | None = None
-) -> Policy:
+def load_policy(name_or_path: str | Path = "lite") -> Policy:
     """A policy over items of the `lite` backbone.
 
     Args:
       name_or_path: one of NAMES, the workdir of a run of configs/lite.py (its newest checkpoint),
         or a folder that `write_manager` wrote.
-      num_slots: episodic slots of the memory.
-      num_clips: length of the stream where it is known; "uniform" and "uniform_merge" need it.
 
     Raises:
       UserError: if there is no such policy, or its files cannot be read.
@@ -72,13 +67,6 @@ def load_policy(
         return _learned(name, read_manager(LITE)[0])
     if name in _STREAMING:
         return _fixed(_STREAMING[name](read_header(LITE)["constants"]))
-    if name in _WHOLE:
-        if num_clips is None:
-            raise UserError(
-                f"policy {name} needs to know how long the stream is; take one of"
-                f" {', '.join(('lite', *_STREAMING))}"
-            )
-        return _fixed(_WHOLE[name](num_clips, num_slots))
     if (path / "manager.json").is_file():
         return _learned(path.resolve().name, read_manager(path)[0])
     if (path / "config.json").is_file():

@@ -33,7 +33,7 @@ def items(number: int) -> Item:
 
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_every_policy_fills_a_memory(name):
-    policy = shipped.load_policy(name, num_slots=4, num_clips=8)
+    policy = shipped.load_policy(name)
     assert policy.name == name
     state, _ = memory.scan(
         policy.params, jax.random.key(0), memory.init(policy.configure(CONFIG)), items(8),
@@ -58,24 +58,19 @@ def test_a_manager_is_read_as_it_was_written(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, nnx.state(found, nnx.Param), nnx.state(model, nnx.Param)
     )
-    assert shipped.load_policy(tmp_path / "m", num_slots=2).name == "m"
+    assert shipped.load_policy(tmp_path / "m").name == "m"
 
 
-@pytest.mark.parametrize("name", ["lita", "", "/nowhere/at/all"])
+@pytest.mark.parametrize("name", ["lita", "", "/nowhere/at/all", "uniform", "uniform_merge"])
 def test_unknown_names_are_refused_with_the_known_ones(name):
     with pytest.raises(UserError, match="give lite, keep_recent"):
-        shipped.load_policy(name, num_slots=2)
-
-
-def test_a_rule_that_needs_the_length_of_the_stream_says_so():
-    with pytest.raises(UserError, match="how long the stream is"):
-        shipped.load_policy("uniform", num_slots=2)
+        shipped.load_policy(name)
 
 
 def test_runs_of_other_jobs_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"job": "world"}')
     with pytest.raises(UserError, match="job 'world'"):
-        shipped.load_policy(tmp_path, num_slots=2)
+        shipped.load_policy(tmp_path)
 
 
 def test_damaged_files_are_refused(tmp_path):

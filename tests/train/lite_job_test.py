@@ -65,9 +65,9 @@ def test_a_run_is_evaluated_and_exported(config, workdir, tmp_path):
             assert entry["slots"] <= (32 if budget == "unlimited" else 8)
     assert "learned" in lite_eval.format_tables(results["table"])
     lite_eval.export(run, workdir, model, results, tmp_path / "out")
-    assert shipped.load_policy(tmp_path / "out", num_slots=8).name == "out"
+    assert shipped.load_policy(tmp_path / "out").name == "out"
     assert shipped.read_header(tmp_path / "out")["held_out"].keys() == results["table"].keys()
-    assert shipped.load_policy(workdir, num_slots=8).name == "run"
+    assert shipped.load_policy(workdir).name == "run"
 
 
 def test_an_empty_memory_finds_nothing_and_a_whole_one_most(config, workdir):
