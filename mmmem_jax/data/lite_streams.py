@@ -4,6 +4,7 @@ No video is behind them. A stream visits places, some again; each holds a few of
 Perception is imitated in MiniLM's space: a clip's label logits are the similarities of its objects
 with all labels, blurred by clarity and noise, and its view is ConSE (arXiv 1312.5650). Some clips
 show nothing; in some a fact is told that a question will ask for, in others there is small talk.
+Unlike those of real videos, captions name no colours.
 """
 
 import dataclasses
