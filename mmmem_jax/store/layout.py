@@ -25,23 +25,28 @@ def video_id_of(path: str | os.PathLike) -> str:
     """A folder name for a video: letters, digits, `.`, `_`, `-`; 1 to 64, no leading dot.
 
     The stem of a file's name; host and path of a URL, so that no password or token gets on disk.
-    What the alphabet cannot hold is told apart by eight digits of a hash.
+    What the alphabet cannot hold, and port and query of a URL, are told apart by eight digits of
+    a hash.
     """
     text = os.fspath(path)
+    rest = ""
     if "://" in text:
         try:
             url = urlsplit(text)
+            port = url.port
         except ValueError as error:
             raise UserError(f"the source is no URL ({error}); mend it") from None
         name = (url.hostname or "") + url.path
+        if port is not None or url.query:
+            rest = f":{port}?{url.query}"
     else:
         name = Path(text).stem
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._")
     ascii_name = re.sub(r"[ /]", "_", name).strip("._")
-    if plain == ascii_name and _ID.fullmatch(plain):
+    if not rest and plain == ascii_name and _ID.fullmatch(plain):
         return plain
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    digest = hashlib.sha256((name + rest).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{plain[:55] or 'video'}-{digest}"
 
 

@@ -19,7 +19,7 @@ from mmmem_jax.store import layout
         ("holiday.2024-05.mkv", "holiday.2024-05"),
         ("my holiday.mp4", "my_holiday"),
         ("/dev/video0", "video0"),
-        ("rtsp://user:secret@camera.local:554/stream/1?token=secret", "camera.local_stream_1"),
+        ("rtsp://user:secret@camera.local/stream/1", "camera.local_stream_1"),
     ],
 )
 def test_plain_names_stay(path, video_id):
@@ -35,6 +35,20 @@ def test_other_names_are_told_apart(path):
 def test_names_that_only_differ_in_what_is_lost_stay_apart():
     assert len({layout.video_id_of(x) for x in ("ete.mp4", "été.mp4", "猫.mp4", "犬.mp4")}) == 4
     assert layout.video_id_of("y" * 100 + "1.mp4") != layout.video_id_of("y" * 100 + "2.mp4")
+
+
+def test_cameras_of_one_host_stay_apart():
+    ends = ("/live", ":8554/live", ":8555/live", "/live?channel=2", ":8554/live?channel=2")
+    found = [layout.video_id_of(f"rtsp://camera{end}") for end in ends]
+    assert len(set(found)) == len(ends)
+    assert all(re.fullmatch("camera_live(-[0-9a-f]{8})?", name) for name in found)
+    # Not by who asks.
+    assert [layout.video_id_of(f"rtsp://user:secret@camera{end}") for end in ends] == found
+
+
+def test_a_wrong_port_is_refused():
+    with pytest.raises(UserError, match="is no URL"):
+        layout.video_id_of("rtsp://camera:99999/live")
 
 
 @given(st.text())
