@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _MAX_PIXELS = 8192 * 8192
 _MAX_ASPECT = 8  # of what comes out; narrower and wider pictures are squeezed
 _LONGEST = 1e7  # seconds, some 16 weeks; a longer duration is a mistake of the file's
 _LONGEST_GAP = 86400.0  # seconds between two frames; a later frame has a wrong time
+_PATIENCE = 25  # frames in a row with wrong times, after which the clock is set anew
 _HELD = 1.0  # seconds without a new picture, after which the old one is shown again
 _EPSILON = 1e-6  # seconds, far under any frame's length: rounding of times
 # Codecs whose non-reference pictures FFmpeg can leave out with no effect on any other. (In HEVC,
@@ -188,6 +190,7 @@ class _Clock:
         self._origin = stream.start_time and stream.start_time * stream.time_base
         self._step = 1 / (_rate(stream) or 25.0)
         self._last: float | None = None
+        self.refused = 0  # frames in a row
 
     def of(self, timed: av.Packet | av.VideoFrame) -> float | None:
         """Seconds; None if there is no timestamp."""
@@ -199,7 +202,10 @@ class _Clock:
         return max(0.0, float(stamp - self._origin))
 
     def next(self, frame: av.VideoFrame) -> float | None:
-        """Seconds; None if that is not after the frame before, or days after it."""
+        """Seconds; None if that is not after the frame before, or days after it.
+
+        If it goes on so, the timestamps have jumped: from then on all are told from there.
+        """
         time = self.of(frame)
         if self._last is None:
             self._last = time or 0.0
@@ -207,8 +213,12 @@ class _Clock:
         if time is None:
             time = self._last + self._step
         if not self._last < time < self._last + _LONGEST_GAP:
-            return None
-        self._last = time
+            self.refused += 1
+            if self.refused <= _PATIENCE:
+                return None
+            time = self._last + self._step
+            self._origin = _stamp(frame) - Fraction(time)
+        self._last, self.refused = time, 0
         return time
 
 
@@ -266,10 +276,29 @@ def _open_at(
 ) -> av.container.InputContainer:
     """Opens `source`, at a key frame at or before `target` seconds if there is a way to."""
     container = _open(source, format, options)
-    if target > 0 and not _seek(container, _video_stream(container, source), target):
-        container.close()  # it may stand anywhere now
-        container = _open(source, format, options)
+    if target > 0:
+        stream = _video_stream(container, source)
+        if _jumps(container, stream) or not _seek(container, stream, target):
+            container.close()  # it may stand anywhere now
+            container = _open(source, format, options)
     return container
+
+
+def _jumps(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether timestamps fall back or leap, so that one may be there twice; reads to the end.
+
+    Only of formats that are made to be cut and joined, such as MPEG-TS.
+    """
+    if not container.format.flags & av.format.Flags.ts_discont.value:
+        return False
+    last = None
+    for packet in _demuxed(container, [stream], _Damage()):
+        if packet.dts is not None:
+            time = packet.dts * packet.time_base
+            if last is not None and not last <= time < last + _LONGEST_GAP:
+                return True
+            last = time
+    return False
 
 
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, target: float) -> bool:
@@ -355,7 +384,8 @@ def _with_need(
         first[tick] = min(first.get(tick, time), time)
         if len(first) > 64:  # far more than are reordered
             del first[min(first)]
-        yield packet, time <= first.get(tick, time)
+        # While frames are refused, nobody knows their ticks.
+        yield packet, bool(clock.refused) or time <= first.get(tick, time)
 
 
 def _decoded(

@@ -3,6 +3,7 @@
 import logging
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,45 @@ def test_embedded_captions_come_with_the_frames(tmp_path):
     for start in (0.7, 1.5, 3.0, 3.85):
         cues = [item for item in read(path, start=start) if isinstance(item, Cue)]
         assert cues == [cue for cue in CUES if cue.t1 > start]
+
+
+@pytest.mark.parametrize("first_time", [0.0, 90000.0])
+def test_goes_on_where_timestamps_jump(tmp_path, first_time):
+    how = {"scenes": SCENES, "options": {"g": "12", "bf": "2"}}
+    once = write_video(tmp_path / "a.ts", **how)
+    other = write_video(tmp_path / "b.ts", first_time=first_time, **how)
+    twice = tmp_path / "twice.ts"
+    twice.write_bytes(once.read_bytes() + other.read_bytes())
+    first, found = frames_of(once), frames_of(twice)
+    assert_same(found[: len(first)], first)
+    times = [frame.time for frame in found]
+    assert max(np.diff(times)) < 0.35
+    # But for the 25 frames that it takes to see the jump.
+    assert times[-1] == pytest.approx(6.4 + 6.4 - 2.5 - 0.1, abs=0.3)
+    np.testing.assert_array_equal(found[-1].image[-1, 0], first[-1].image[-1, 0])
+    for start in (times[5], times[len(first) + 3], times[-2]):
+        rest = [frame for frame in found if frame.time >= start]
+        assert_same(frames_of(twice, start=start), rest)
+
+
+@pytest.mark.parametrize("jump", [-50, -3, 3 * 86400])
+def test_captions_jump_with_the_frames(jump):
+    stream = SimpleNamespace(
+        start_time=900, time_base=Fraction(1, 10), average_rate=Fraction(10), guessed_rate=None
+    )
+    clock = decode._Clock(stream)
+
+    def stamped(seconds):
+        return SimpleNamespace(pts=900 + round(seconds * 10), dts=None, time_base=Fraction(1, 10))
+
+    told = [clock.next(stamped(i / 10)) for i in range(60)]
+    assert told == pytest.approx(np.arange(60) / 10)
+    told = [clock.next(stamped(6 + jump + i / 10)) for i in range(60)]
+    lost = told.count(None)
+    assert told[lost:] == pytest.approx(6 + np.arange(60 - lost) / 10)
+    assert lost <= 30
+    cue = stamped(6 + jump + 8.0)
+    assert clock.of(cue) == pytest.approx(6 + 8.0 - lost / 10)
 
 
 def refused(path) -> str:
