@@ -71,15 +71,19 @@ class Loaded(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A place in a video that an answer rests on."""
+    """A place in a video that an answer rests on.
+
+    The search may have read the episode alone: text and frames are then of the clip of it that fits
+    best, which it did not read.
+    """
 
     video: str
     span: tuple[float, float]  # s
     level: str  # "sensory": a clip kept verbatim; "episodic": a whole episode
-    text: str  # caption and subtitles of the clip, or of the episode's best one
+    text: str  # caption or subtitles of the clip, or of the episode's best one, read or not
     frames: tuple[str, ...]  # key frames, relative to the memory folder
     score: float  # what the evidence read says for it, standard deviations
-    clip: int  # index of that clip
+    clip: int  # index of the clip that text and frames are of
     node_id: int  # the episode, -1 if it is gone
 
 
@@ -95,14 +99,15 @@ class Answer(NamedTuple):
     score: float  # best of any episode or clip, standard deviations above unrelated pairs
     probabilities: tuple[float, ...]  # of the options, in their order
     moments: tuple[Moment, ...]  # best first
-    gamma: float  # nats
+    gamma: float  # nats; -1 where no entropy stops the search: there is one moment at most
     trace: tuple[
         dict, ...
     ]  # a step that read something each: level, slots, tokens, answer_entropy (nats)
     stop_level: str | None  # None: there was nothing to search
+    stopped_by: str | None  # "gate", "patience", or the "end" of the search; None likewise
     retrieval_entropy: dict[str, float]  # nats, by level
     entities: tuple[str, ...]  # names read
-    tokens_read: int
+    tokens_read: int  # of the trace; not those of texts shown of clips that it did not read
     seconds: dict[str, float]  # embed, search, read, word
 
 
@@ -270,41 +275,13 @@ def answer(
         )  # fmt: skip
     )
     lap("search")
-    # A name that fits is no evidence: what it is grounded in must fit by itself.
-    scores = result.scores[: -len(loaded.joined.schema)]
-    score = float(scores.max())
-    held = np.count_nonzero(scores > video_search.LOWEST)
-    found = video_search.LOWEST < score >= threshold(held, found_at)
-    moments = _read_moments(loaded, result, wanted[0].reshape(-1, wanted[0].shape[-1])[0])
+    answered = _told_by(loaded, question, tuple(options), wanted[0], result, config, found_at)
     lap("read")
-    probabilities = np.exp(result.output.log_probs[0, : len(options)])
-    text = _text(loaded, options, probabilities, moments, found)
-    if found and word_fn is not None and not len(options):
-        text = word_fn(question, [moment.text for moment in moments])
+    if answered.found and word_fn is not None and not len(options):
+        text = word_fn(question, [moment.text for moment in answered.moments])
+        answered = answered._replace(text=text)
         lap("word")
-    stop = int(result.output.stop_step[0])
-    steps = [_step(loaded, result, step, config) for step in range(stop + 1)]
-    trace = [step for step in steps if step["slots"]]  # a step that found nothing read nothing
-    read = [slot["text"] for step in trace for slot in step["slots"] if slot["level"] == "schema"]
-    entropies = result.output.retrieval_entropy[0].tolist()
-    return Answer(
-        question=question,
-        options=tuple(options),
-        videos=tuple(s.video_id for s in loaded.stores),
-        at=loaded.at,
-        text=text,
-        found=found,
-        score=score,
-        probabilities=tuple(probabilities.tolist()),
-        moments=moments if found else (),
-        gamma=float(result.gamma),
-        trace=tuple(trace),
-        stop_level=trace[-1]["level"] if trace else None,
-        retrieval_entropy=dict(zip(LEVELS, entropies, strict=True)),
-        entities=tuple(dict.fromkeys(filter(None, read))),
-        tokens_read=int(result.output.tokens_read[0]),
-        seconds=seconds,
-    )
+    return answered._replace(seconds=seconds)
 
 
 def threshold(num_slots: int, found_at: float = FOUND_AT) -> float:
@@ -340,6 +317,49 @@ def _embed(space: Space, question: str, options: Sequence[str]) -> tuple[np.ndar
     wanted = np.zeros((room, rows.shape[1]), np.float32)
     wanted[: len(rows)] = rows
     return wanted, np.arange(room) < len(rows)
+
+
+def _told_by(loaded, question, options, wanted, result: VideoSearch, config, found_at) -> Answer:
+    """What a search found, with its evidence; `seconds` are left to the caller."""
+    # A name that fits is no evidence: what it is grounded in must fit by itself.
+    scores = result.scores[: -len(loaded.joined.schema)]
+    score = float(scores.max())
+    held = np.count_nonzero(scores > video_search.LOWEST)
+    found = video_search.LOWEST < score >= threshold(held, found_at)
+    probabilities = np.exp(result.output.log_probs[0, : len(options)])
+    query = wanted[probabilities.argmax()] if options else wanted
+    moments = _read_moments(loaded, result, query)
+    stop = int(result.output.stop_step[0])
+    steps = [_step(loaded, result, step, config) for step in range(stop + 1)]
+    trace = [step for step in steps if step["slots"]]  # a step that found nothing read nothing
+    read = [slot["text"] for step in trace for slot in step["slots"] if slot["level"] == "schema"]
+    entropies = result.output.retrieval_entropy[0].tolist()
+    return Answer(
+        question=question,
+        options=options,
+        videos=tuple(s.video_id for s in loaded.stores),
+        at=loaded.at,
+        text=_text(loaded, options, probabilities, moments, found),
+        found=found,
+        score=score,
+        probabilities=tuple(probabilities.tolist()),
+        moments=moments if found else (),
+        gamma=float(result.gamma),
+        trace=tuple(trace),
+        stop_level=trace[-1]["level"] if trace else None,
+        stopped_by=_stopped_by(result, config) if trace else None,
+        retrieval_entropy=dict(zip(LEVELS, entropies, strict=True)),
+        entities=tuple(dict.fromkeys(filter(None, read))),
+        tokens_read=int(result.output.tokens_read[0]),
+        seconds={},
+    )
+
+
+def _stopped_by(result: VideoSearch, config: RetrievalConfig) -> str:
+    stop = int(result.output.stop_step[0])
+    if result.output.answer_entropy[0, stop] <= result.gamma:
+        return "gate"
+    return "end" if stop == len(config.step_levels) - 1 else "patience"
 
 
 def _text(loaded: Loaded, options, probabilities, moments, found: bool) -> str:

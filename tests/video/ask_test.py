@@ -1,5 +1,6 @@
 """Tests of answering from memories on disk."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -14,6 +15,7 @@ from mmmem_jax import memory, store
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, MemoryConfig
 from mmmem_jax.memory.types import LEVELS
+from mmmem_jax.retrieval import video_search
 from mmmem_jax.retrieval.top_down import confidence_to_gamma
 from mmmem_jax.retrieval.video_search import Calibration
 from mmmem_jax.testing import toys
@@ -64,6 +66,13 @@ def embed(texts):
 SPACE = asking.Space(embed, np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32))
 
 
+def mentioned(item, state, name: str) -> tuple[tuple[int, str], ...]:
+    """The entities that a clip mentions, all by one name."""
+    near = item.mention @ np.asarray(state.schema.embedding).T
+    near = np.where(state.schema.valid, near, -np.inf).argmax(1)
+    return tuple((int(slot), name) for slot in near[item.mention_valid])
+
+
 def write(folder, seed: int, num_clips: int = NUM_CLIPS):
     """A video whose clips open, join or skip episodes by turns; yields the state after each."""
     rng = np.random.default_rng(seed)
@@ -85,7 +94,7 @@ def write(folder, seed: int, num_clips: int = NUM_CLIPS):
                 strength=strength,
                 node_id=store.node_of(state, index),
                 item=item,
-                entities=(),
+                entities=mentioned(item, state, f"seen {float(item.span[1])}"),
             )
             store.append(video, record, state)
         store.finish(video, state)
@@ -156,8 +165,34 @@ class TestAnswer:
         assert sum(first.probabilities) == pytest.approx(1, abs=1e-5)
         np.testing.assert_allclose(second.probabilities[::-1], first.probabilities, atol=1e-5)
         assert first.text == second.text == options[1]
+        assert [first.stopped_by, first.stop_level] == [second.stopped_by, second.stop_level]
         assert np.argmax(first.probabilities) == 1
         assert first.gamma == pytest.approx(confidence_to_gamma(0.8, 3))
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_the_order_of_options_does_not_change_what_is_shown(self, loaded, number):
+        """The clips of an episode are told apart by the option that was chosen."""
+        for clip in range(0, NUM_CLIPS, 2):
+            options = [f"{ORTHOGONAL} a", f"{number + 1} {clip}"]
+            first = answer(loaded, "which?", options, found_at=-99)
+            second = answer(loaded, "which?", options[::-1], found_at=-99)
+            if first.probabilities[1] < 0.51:
+                continue  # nothing tells the options apart
+            assert first.text == second.text == options[1]
+            places = [
+                sorted((m.video, m.span, m.text, m.frames, m.clip) for m in found.moments)
+                for found in (first, second)
+            ]
+            assert places[0] == places[1]
+
+    @pytest.mark.parametrize("patience", [1, 99])
+    def test_says_what_stopped_the_search(self, loaded, patience):
+        config = dataclasses.replace(video_search.RETRIEVAL, patience=patience)
+        for clip in range(0, NUM_CLIPS, 4):
+            found = answer(loaded, f"1 {clip}", config=config)
+            sure = found.trace[-1]["answer_entropy"] <= found.gamma
+            expected = "patience" if patience == 1 else "end"
+            assert found.stopped_by == ("gate" if sure else expected)
 
     def test_the_trace_is_that_of_the_search(self, loaded):
         found = answer(loaded, f"2 {told(loaded, 1)[-1]}")
@@ -221,6 +256,7 @@ def test_the_threshold_rises_with_what_is_held():
 class TestLoad:
     @pytest.mark.parametrize("at", [0.0, 9.0, 12.0, 17.0, 1e9])
     def test_at_shows_nothing_later(self, folder, at):
+        named = set()
         with asking.load(folder, at=at, space=SPACE) as then:
             for seed in (1, 2):
                 for clip in range(0, NUM_CLIPS, 5):
@@ -229,6 +265,9 @@ class TestLoad:
                     spans += [s["span"] for step in found.trace for s in step["slots"]]
                     assert all(end <= at for _, end in spans)
                     assert found.at == at
+                    named |= set(found.entities)
+        assert all(float(name.removeprefix("seen ")) <= at for name in named)
+        assert bool(named) == (at > 0)
 
     def test_at_the_start_nothing_is_known(self, folder):
         with asking.load(folder, at=0.0, space=SPACE) as then:

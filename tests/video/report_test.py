@@ -248,6 +248,7 @@ class TestPage:
             {"question": ["q"], "text": {"a": 1}, "gamma": True, "at": "now", "stop_level": [1]},
             {"trace": [{"level": 7, "slots": [{"span": [1], "video": {}}], "answer_entropy": "h"}]},
             {"options": ["a"], "probabilities": [float("nan")], "gamma": 10**400},
+            {"trace": [{"answer_entropy": 1}], "gamma": 0, "stopped_by": ["end"]},
         ],
     )
     def test_a_question_of_another_form_is_no_error(self, row):
@@ -258,6 +259,13 @@ class TestPage:
         assert "after step 3, at the sensory level: the answer entropy 0.510 is at most" in page
         page = _Page(report.page([_view()], [_question() | {"gamma": 0.5}])).text
         assert "which is still over gamma, 0.500" in page
+        page = _Page(report.page([_view()], [_question() | {"gamma": 0.5, "stopped_by": "end"}]))
+        assert "after step 3, at the sensory level: there was nothing more to read; " in page.text
+        page = _Page(report.page([_view()], [_question() | {"gamma": -1, "stopped_by": "end"}]))
+        assert "nothing more to read; there was one moment at most" in page.text
+        assert "at most gamma" not in page.text
+        assert "over gamma" not in page.text
+        assert "upright mark" not in page.text
 
     def test_an_empty_memory(self):
         page = _Page(report.page([]))

@@ -13,6 +13,11 @@ from mmmem_jax.video.report.text import MAX_NAME, MAX_TEXT, sample, shorten
 
 MAX_OPTIONS, MAX_STEPS = 12, 16  # of a question
 MAX_EVIDENCE = 8  # of a step, or moments of an answer
+_REASONS = (
+    ("patience", "reading no longer lowered the answer entropy"),
+    ("end", "there was nothing more to read"),
+)
+_EITHER = "there was nothing more to read, or reading no longer lowered the answer entropy"
 
 
 def _number(value) -> float | None:
@@ -75,9 +80,10 @@ def _evidence(row: Mapping, chosen: Sequence[Drawn], pictures: Pictures) -> dict
 def draw_question(row: Mapping, chosen: Sequence[Drawn], pictures: Pictures) -> dict:
     """One question as the template draws it; entropies as percent of the largest."""
     gamma = _number(row.get("gamma"))
+    mark = None if gamma is None or gamma < 0 else gamma  # under 0 no entropy stops the search
     steps = _rows(row.get("trace"))[:MAX_STEPS]
     entropies = [_number(step.get("answer_entropy")) for step in steps]
-    most = max([gamma or 0.0, *(h for h in entropies if h is not None)]) or 1.0
+    most = max([mark or 0.0, *(h for h in entropies if h is not None)]) or 1.0
     options = row.get("options") if isinstance(row.get("options"), list) else []
     probabilities = row.get("probabilities")
     probabilities = probabilities if isinstance(probabilities, list) else []
@@ -95,8 +101,8 @@ def draw_question(row: Mapping, chosen: Sequence[Drawn], pictures: Pictures) -> 
             _evidence(moment, chosen, pictures)
             for moment in _rows(row.get("moments"))[:MAX_EVIDENCE]
         ],
-        "gamma": gamma,
-        "gamma_percent": None if gamma is None else round(100 * gamma / most, 1),
+        "gamma": mark,
+        "gamma_percent": None if mark is None else round(100 * mark / most, 1),
         "steps": [
             {
                 "level": step.get("level") if step.get("level") in LEVELS else None,
@@ -126,7 +132,9 @@ def _why(row: Mapping, entropies: Sequence[float | None], gamma: float | None) -
         return f"{where}."
     if last <= gamma:
         return f"{where}: the answer entropy {last:.3f} is at most gamma, {gamma:.3f}."
+    why = next((text for key, text in _REASONS if row.get("stopped_by") == key), _EITHER)
+    if gamma < 0:
+        return f"{where}: {why}; there was one moment at most to tell of, which no entropy decides."
     return (
-        f"{where}: there was nothing more to read, or reading no longer lowered the answer "
-        f"entropy, {last:.3f}, which is still over gamma, {gamma:.3f}."
+        f"{where}: {why}; the answer entropy is {last:.3f}, which is still over gamma, {gamma:.3f}."
     )
