@@ -27,8 +27,9 @@ from mmmem_jax.policies.manager import SCHEMA_CONTEXT, Manager
 from mmmem_jax.train import checkpoints, checks, text_job
 
 LOG = logging.getLogger("mmmem_jax")
-# Test streams before this one were looked at while the config was chosen.
-FIRST_STREAM = {"test": 2000}
+# Test streams before this one were looked at: while the config was chosen, and from 2000 on for a
+# manager that had been trained to read one clip of a node.
+FIRST_STREAM = {"test": 3000}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -104,7 +105,15 @@ def train(config: ConfigDict, workdir: Path) -> Manager:
         )
 
     memory = memory_config(config, config.slots)
-    return text_job.learn(config, workdir, make_manager(config), make_loader, memory, visuals=True)
+    return text_job.learn(
+        config,
+        workdir,
+        make_manager(config),
+        make_loader,
+        memory,
+        visuals=True,
+        rows_read=config.clips_read,
+    )
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
