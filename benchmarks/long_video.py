@@ -14,12 +14,15 @@ def repeat(source: str | Path, target: str | Path, times: int) -> Path:
                 track = container.streams.video[0]
                 written = written or out.add_stream_from_template(track)
                 step = round(1 / (track.average_rate * track.time_base))
-                packets = (p for p in container.demux(track) if p.dts is not None)
-                shift = None
-                for packet in packets:
-                    shift = end - packet.dts if shift is None else shift
+                packets = [packet for packet in container.demux(track) if packet.size]
+                # Matroska does not tell when to decode the first ones.
+                known = next((n for n, p in enumerate(packets) if p.dts is not None), 0)
+                start = (packets[known].dts or 0) - known * step
+                shift = end - start
+                for number, packet in enumerate(packets):
                     packet.pts = None if packet.pts is None else packet.pts + shift
-                    packet.dts += shift
+                    dts = start + number * step if packet.dts is None else packet.dts
+                    packet.dts = dts + shift
                     packet.stream = written
                     end = packet.dts + step
                     out.mux(packet)
