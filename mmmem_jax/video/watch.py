@@ -64,6 +64,7 @@ class Feed:
         self.handed = 0  # frames handed on
         self.arrived = 0.0  # time.monotonic() at which the newest frame handed on came in
         self._stop = stop
+        self._waiting: list[Cue] = []  # go with the next frame that finds room
         self._queue: queue.Queue = queue.Queue(int(QUEUE_SECONDS * lite.SENSORY_FPS))
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -72,7 +73,7 @@ class Feed:
 
     def _take(self, stream: Iterable[Frame | Cue], speed: float | None) -> None:
         try:
-            waiting: list[Cue] = []  # go with the next frame that finds room
+            waiting = self._waiting
             for thing in _paced(stream, speed, self._stop):
                 if isinstance(thing, Cue):
                     waiting.append(thing)
@@ -94,6 +95,8 @@ class Feed:
                 self.handed += 1
                 yield from cues
                 yield frame
+        if self._ended.is_set():  # else the thread may still add to them
+            yield from self._waiting
         if self._error is not None:
             raise self._error
 

@@ -173,6 +173,10 @@ class TestFeed:
         assert all(isinstance(x, Frame) for x in first)
         assert rest == [Cue(1.0, 2.0, "hello"), frames[-1]]
 
+    def test_captions_after_the_last_frame_are_kept(self):
+        stream = [*_frames(2), Cue(0.3, 2.0, "bye")]
+        assert list(watch.Feed(iter(stream), threading.Event(), speed=None)) == stream
+
     def test_a_stop_ends_an_endless_source(self):
         stop = threading.Event()
         image = np.zeros((4, 4, 3), np.uint8)
