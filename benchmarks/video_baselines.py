@@ -12,6 +12,8 @@ that of the query. A text costs its tokens, a frame 16 (`RetrievalConfig.visual_
 view), and every baseline may read as many tokens as the memory read for the same question:
 
     memory       the policy lite with 512 slots, searched top down (`mmmem ask`)
+    quarter      the same with as many slots as a quarter of the most clips of a video, which has to
+                 compress; it reads what its own search reads
     uniform      frames at equal distances
     text_only    captions and subtitles, the nearest to the question first, of all clips
     vision_only  views of clips (the mean of their key frames), the nearest first, of all clips
@@ -20,10 +22,12 @@ view), and every baseline may read as many tokens as the memory read for the sam
 A frame that is found stands for its clip. The memories are those of video_retrieval.py if DIR is
 the same, else they take minutes. Without --full: the validation videos.
 Keys: for each of these: accuracy (choices), hit1 and hit5 (moments; `chance1` and `chance5` are of
-moments as long), se, tokens (read a question); n_choices, n_moments; longest: the hits within Big
-Buck Bunny, since most other videos are hardly longer than five clips.
+moments as long), se (over queries, given these videos: 42 of the 62 test moments are of one film),
+tokens (read a question); n_choices, n_moments, quarter_slots; longest: the hits within Big Buck
+Bunny, since most other videos are hardly longer than five clips.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import common, not_found, video_memories, video_queries
-from benchmarks.video_retrieval import AMPLE, DEFAULT, LONGEST
+from benchmarks.video_retrieval import AMPLE, DEFAULT, LONGEST, num_clips
 from mmmem_jax import store
 from mmmem_jax.perception import decode, lite
 from mmmem_jax.retrieval.video_search import CALIBRATION, RETRIEVAL
@@ -42,6 +46,7 @@ from mmmem_jax.video import ask, build
 
 KEEPS_ALL = "keep_recent"  # with more slots than clips
 FRAME_TOKENS = RETRIEVAL.visual_tokens[1]
+MEMORIES = ("memory", "quarter")
 RECENT = 4  # frames
 FRAME_BATCH = 64
 
@@ -123,17 +128,17 @@ def clips_found(pieces: Sequence[Piece], scores: np.ndarray) -> list[video_memor
 
 
 def ask_video(
-    loaded: ask.Loaded, sources: Sources, moments: Sequence, choices: Sequence
+    loaded: dict[str, ask.Loaded], sources: Sources, moments: Sequence, choices: Sequence
 ) -> dict[str, dict[str, list]]:
-    """For the memory and each baseline, what its evidence gives: lists "moments", "choices"."""
-    found = {name: {"moments": [], "choices": []} for name in ("memory", *BASELINES)}
-    (video,) = (opened.video_id for opened in loaded.stores)
-    seconds = {video: video_queries.read_seconds()[video]}
+    """For both memories and each baseline, what its evidence gives: lists "moments", "choices"."""
+    found = {name: {"moments": [], "choices": []} for name in (*MEMORIES, *BASELINES)}
+    (video,) = (opened.video_id for opened in loaded["memory"].stores)
+    space, seconds = loaded["memory"].space, {video: video_queries.read_seconds()[video]}
     for query in moments:
-        answer = ask.answer(loaded, query.query, found_at=-np.inf)
-        spans = {"memory": [moment.span for moment in answer.moments]}
-        tokens = {"memory": answer.tokens_read}
-        for name, pieces, scores in _evidence(loaded, sources, [query.query], answer.tokens_read):
+        answers = {k: ask.answer(x, query.query, found_at=-np.inf) for k, x in loaded.items()}
+        spans = {name: [m.span for m in answer.moments] for name, answer in answers.items()}
+        tokens = {name: answer.tokens_read for name, answer in answers.items()}
+        for name, pieces, scores in _evidence(space, sources, [query.query], tokens["memory"]):
             spans[name] = clips_found(pieces, scores[0])
             tokens[name] = sum(piece.tokens for piece in pieces)
         for name, rows in found.items():
@@ -141,11 +146,14 @@ def ask_video(
             scored = video_memories.score_moments(query, hits, seconds)
             rows["moments"].append(scored | {"tokens": tokens[name]})
     for row in choices:
-        answer = ask.answer(loaded, row.question, row.options, found_at=-np.inf)
-        chosen = {"memory": int(np.argmax(answer.probabilities))}
-        tokens = {"memory": answer.tokens_read}
+        answers = {
+            name: ask.answer(one, row.question, row.options, found_at=-np.inf)
+            for name, one in loaded.items()
+        }
+        chosen = {name: int(np.argmax(answer.probabilities)) for name, answer in answers.items()}
+        tokens = {name: answer.tokens_read for name, answer in answers.items()}
         texts = [f"{row.question} {option}" for option in row.options]
-        for name, pieces, scores in _evidence(loaded, sources, texts, answer.tokens_read):
+        for name, pieces, scores in _evidence(space, sources, texts, tokens["memory"]):
             chosen[name] = int(scores.max(1).argmax())
             tokens[name] = sum(piece.tokens for piece in pieces)
         for name, rows in found.items():
@@ -154,8 +162,8 @@ def ask_video(
     return found
 
 
-def _evidence(loaded, sources, texts, budget):
-    scores = {kind: score(loaded.space, texts, getattr(sources, kind)) for kind in Sources._fields}
+def _evidence(space, sources, texts, budget):
+    scores = {kind: score(space, texts, getattr(sources, kind)) for kind in Sources._fields}
     for name in BASELINES:
         yield name, *choose(name, sources, scores, budget)
 
@@ -183,20 +191,29 @@ def measure(full: bool, workdir: Path, videos: Path) -> dict:
     moments, choices = video_queries.read_moments(split), video_queries.read_choices(split)
     paths = video_memories.find_videos(videos, video_memories.videos_of([*moments, *choices]))
     perception = video_memories.remembering(lite.load_perception())
-    memory_dir, all_dir = (
-        video_memories.build_memory(workdir, paths, build.Settings(policy, AMPLE), perception)
-        for policy in (DEFAULT, KEEPS_ALL)
-    )
+
+    def built(policy: str, slots: int) -> Path:
+        settings = build.Settings(policy, slots)
+        return video_memories.build_memory(workdir, paths, settings, perception)
+
+    all_dir, memory_dir = built(KEEPS_ALL, AMPLE), built(DEFAULT, AMPLE)
+    few = max(max(num_clips(all_dir, video) for video in paths) // 4, 2)
+    dirs = dict(zip(MEMORIES, (memory_dir, built(DEFAULT, few)), strict=True))
     space = ask.load_space()
-    found: dict[str, dict] = {name: {} for name in ("memory", *BASELINES)}
+    found: dict[str, dict] = {name: {} for name in (*MEMORIES, *BASELINES)}
     for video, path in paths.items():
         sources = read_sources(path, all_dir, video, perception)
         asked = [[row for row in rows if row.video == video] for rows in (moments, choices)]
-        with ask.load(memory_dir, videos=[video], space=space) as loaded:
+        with contextlib.ExitStack() as stack:
+            loaded = {
+                name: stack.enter_context(ask.load(folder, videos=[video], space=space))
+                for name, folder in dirs.items()
+            }
             for name, rows in ask_video(loaded, sources, *asked).items():
                 found[name][video] = rows
     return {
         **{name: summary(by_video) for name, by_video in found.items()},
+        "quarter_slots": few,
         "n_choices": len(choices),
         "n_moments": len(moments),
         "split": split,

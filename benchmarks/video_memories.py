@@ -2,9 +2,11 @@
 
 A hit is a moment that shares half a second (or all of it, where it is shorter) with a window of the
 query. Its chance is that of a moment of the same length at a random time of the same videos.
+Standard errors are over queries, given these videos, and 42 of the 62 test moments are of one film.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from mmmem_jax.perception.lite import Perception
 from mmmem_jax.video import ask, build
 
 SHARED_SECONDS = 0.5
+STOPS = ("stopped_by", "stopped_at")
 
 Span = tuple[float, float]
 
@@ -106,14 +109,25 @@ def score_moments(
 
 
 def summary(scores: Sequence[dict[str, float]]) -> dict:
-    """Mean of each score; standard errors of the hits, and of hit less chance, under "se"."""
-    mean = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
+    """Mean of each score, and shares of searches by what stopped them, and at which level.
+
+    Under "se" are standard errors of the hits, and of hit less chance; under "hit1_by_stop" how
+    often the first moment hits by what stopped the search.
+    """
+    shares = {key: _shares([score[key] for score in scores]) for key in STOPS if key in scores[0]}
+    if shares:
+        rows = {name: [x for x in scores if x["stopped_by"] == name] for name in shares[STOPS[0]]}
+        shares["hit1_by_stop"] = {
+            name: float(np.mean([x["hit1"] for x in there])) for name, there in rows.items()
+        }
+    numbers = [key for key in scores[0] if key not in STOPS]
+    mean = {key: float(np.mean([score[key] for score in scores])) for key in numbers}
     hits = {key: [score[key] for score in scores] for key in mean if key.startswith("hit")}
     se = {key: error(values) for key, values in hits.items()}
     for key, values in hits.items():
         lifted = np.subtract(values, [score[key.replace("hit", "chance")] for score in scores])
         se[f"{key} - {key.replace('hit', 'chance')}"] = error(lifted)
-    return mean | {"n": len(scores), "se": se}
+    return mean | shares | {"n": len(scores), "se": se}
 
 
 def error(values: Sequence[float]) -> float:
@@ -122,15 +136,25 @@ def error(values: Sequence[float]) -> float:
 
 
 def ask_moments(loaded: ask.Loaded, queries: Sequence[video_queries.Moment]) -> list[dict]:
-    """Scores, as of `score_moments`, and tokens read of queries asked of a memory."""
+    """Of queries asked of a memory: scores, as of `score_moments`, tokens read and `STOPS`."""
     lengths = video_queries.read_seconds()
     seconds = {video.video_id: lengths[video.video_id] for video in loaded.stores}
     scores = []
     for query in queries:
         answer = ask.answer(loaded, query.query, found_at=-np.inf)
         found = [(moment.video, moment.span) for moment in answer.moments]
-        scores.append(score_moments(query, found, seconds) | {"tokens": answer.tokens_read})
+        stops = {
+            "stopped_by": answer.stopped_by or "nothing",  # of an empty memory
+            "stopped_at": answer.stop_level or "nothing",
+        }
+        score = score_moments(query, found, seconds) | {"tokens": answer.tokens_read}
+        scores.append(score | stops)
     return scores
+
+
+def _shares(values: Sequence[str]) -> dict[str, float]:
+    """How often each value is there."""
+    return {value: n / len(values) for value, n in sorted(Counter(values).items())}
 
 
 def _wanted(span: Span, window: Span) -> float:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import video_baselines, video_memories, video_queries, video_retrieval
 from benchmarks.video_queries import Choice, Moment
 from mmmem_jax.errors import UserError
+from mmmem_jax.memory.types import LEVELS
 from mmmem_jax.models.text_encoder import encode_texts
 from mmmem_jax.perception import lite
 from mmmem_jax.testing.perception import toy_perception
@@ -137,6 +138,9 @@ def test_moments_of_a_synthetic_video_are_found(toy_world):
     assert result.keys() >= {"hit1", "hit5", "chance1", "chance5", "n", "seconds", "se", "rows"}
     assert (result["hit5"], result["n"]) == (1.0, 3)
     assert result["chance1"] < result["chance5"] < 1
+    for key, names in (("stopped_by", ("gate", "patience", "end")), ("stopped_at", LEVELS)):
+        assert sum(result[key].values()) == pytest.approx(1.0)
+        assert set(result[key]) <= set(names)
     (row,) = result["rows"]
     assert (row["policy"], row["slots"], row["within"]["n"]) == ("keep_recent", 32, 2)
     assert row["within"]["hit1"] == 1.0
@@ -152,6 +156,9 @@ def test_baselines_read_no_more_than_the_memory(toy_world):
     for name in ("uniform", "text_only", "vision_only"):
         for kind in ("moments", "choices"):
             assert 0 < result[name]["tokens"][kind] <= result["memory"]["tokens"][kind]
+    assert result["quarter"]["n"] == result["memory"]["n"]
+    assert 0 < result["quarter_slots"] < 32
+    assert result["quarter"]["tokens"]["moments"] <= result["memory"]["tokens"]["moments"]
     assert result["recent"]["tokens"] == {"moments": 64.0, "choices": 64.0}
     assert result["memory"]["longest"]["n"] == 2
     json.dumps(result, allow_nan=False)
