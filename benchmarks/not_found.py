@@ -1,9 +1,12 @@
 """Whether a memory says that it does not hold what it does not hold, and where that is set.
 
 Asks a memory of the videos of one split about moments that are there and things that are not
-(benchmarks/queries), and counts what is found and what is refused (`ask.threshold`). The constants
-of `retrieval.video_search.Calibration` and the threshold are those that this prints for the
-validation split; the test split only shows what they are worth.
+(benchmarks/queries), and counts what is found and what is refused (`ask.threshold`). For the
+validation split this prints `Calibration.text`, the mean and deviation of `Calibration.visual`
+(retrieval/video_search.py) and the temperature, and `best`, which `ask.FOUND_AT` rounds. What a
+view is worth beside a text, `Calibration.lift`, `ask.FOUND_RISE`, and the confidence and patience
+of `video_search.RETRIEVAL` were chosen on the validation split by trying and are not printed. The
+test split only shows what all of these are worth.
 
     mmmem build VIDEO... --memory DIR        # the videos of the split, named as in data/videos.json
     python benchmarks/not_found.py --memory DIR [--split validation|test] [--full]
@@ -12,10 +15,14 @@ Keys: found (share of the moments there that are not refused), refused (share of
 auc (how often a moment there scores over a thing that is not there), found_at (the threshold in
 this memory), best (the one with the most of found + refused here, the middle of the gap), slots
 (episodes and clips held), n_there, n_absent, se (of found and refused), text and visual (mean and
-deviation of the scores of unrelated pairs, before calibration).
+deviation of the scores of unrelated pairs, before calibration), temperature (of `TEMPERATURES` the
+one under which the moments that hit and the right options are likeliest, when all steps are read),
+log_likelihood (nats a question, under each of these). Errors are over queries, given these videos.
 """
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -23,10 +30,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import common, video_queries
-from benchmarks.video_memories import error
+from benchmarks.video_memories import error, is_hit
 from mmmem_jax import store
 from mmmem_jax.errors import UserError
+from mmmem_jax.retrieval.video_search import CALIBRATION, RETRIEVAL
 from mmmem_jax.video import ask
+
+TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+UNIT = dataclasses.replace(CALIBRATION, temperature=1.0)  # probabilities are those of the scores
+TO_THE_END = dataclasses.replace(RETRIEVAL, confidence=1.0, patience=99)
 
 
 def standardised(space: ask.Space, texts, keys: np.ndarray) -> np.ndarray:
@@ -57,6 +69,32 @@ def unrelated(loaded: ask.Loaded, there, absent) -> dict[str, tuple[float, float
     return out
 
 
+def log_likelihood(asked: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float) -> float:
+    """Mean log of the probability put on what is right, over pairs of scores [C], right [C]."""
+    total = 0.0
+    for scores, right in asked:
+        shares = np.exp((scores - scores.max()) / temperature)
+        total += float(np.log(shares[right].sum() / shares.sum() + 1e-6))
+    return total / len(asked)
+
+
+def read_to_the_end(loaded: ask.Loaded, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of scores and what is right: of the moments shown, and of the options, of questions."""
+    asked = []
+    last = {"config": TO_THE_END, "calibration": UNIT, "found_at": -np.inf}
+    for row in video_queries.read_moments(split):
+        found = ask.answer(loaded, row.query, **last).moments
+        hits = [m.video == row.video and is_hit(m.span, row.windows) for m in found]
+        asked.append((np.maximum([m.score for m in found], 0.0), np.array(hits)))
+    choices = video_queries.read_choices(split)
+    for video in sorted({row.video for row in choices}):
+        with ask.load(loaded.memory_dir, videos=[video], space=loaded.space) as one:
+            for row in (row for row in choices if row.video == video):
+                shares = np.array(ask.answer(one, row.question, row.options, **last).probabilities)
+                asked.append((np.log(shares), np.arange(len(shares)) == row.answer))
+    return asked
+
+
 def best_threshold(there: np.ndarray, absent: np.ndarray) -> float:
     """The threshold that gets the most of both right, in the middle where several do."""
     scores = np.unique(np.concatenate([there, absent]))
@@ -80,7 +118,9 @@ def measure(memory_dir: Path, split: str) -> dict:
             for rows in (there, absent)
         ]
         kinds = unrelated(loaded, there, absent)
+        asked = read_to_the_end(loaded, split)
         held = sum(int(x.sensory.valid.sum() + x.episodic.valid.sum()) for x in loaded.states)
+    likelihood = {t: log_likelihood(asked, t) for t in TEMPERATURES}
     found, refused = scores[0] >= ask.threshold(held), scores[1] < ask.threshold(held)
     return {
         "found": float(found.mean()),
@@ -93,6 +133,8 @@ def measure(memory_dir: Path, split: str) -> dict:
         "n_absent": len(absent),
         "se": {"found": error(found), "refused": error(refused)},
         **kinds,
+        "temperature": max(TEMPERATURES, key=likelihood.get),
+        "log_likelihood": {str(t): likelihood[t] for t in TEMPERATURES},
         "split": split,
         "seeds": [0],
     }

@@ -46,3 +46,21 @@ def test_scores_are_deviations_over_the_background():
 )
 def test_what_a_clip_shows(span, expected):
     assert not_found.overlaps([(2, 4), (8, 8.5)], span) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_the_likeliest_temperature_is_that_of_the_answers(temperature):
+    rng = np.random.default_rng(3)
+    asked = []
+    for _ in range(3000):
+        scores = rng.normal(size=4)
+        shares = np.exp(scores / temperature)
+        right = rng.choice(4, p=shares / shares.sum())
+        asked.append((scores, np.arange(4) == right))
+    found = max(not_found.TEMPERATURES, key=lambda t: not_found.log_likelihood(asked, t))
+    assert found == temperature
+
+
+def test_what_never_hits_has_a_floor():
+    missed = [(np.array([1.0, 0.0]), np.zeros(2, bool))]
+    assert not_found.log_likelihood(missed, 0.5) == pytest.approx(np.log(1e-6))

@@ -25,8 +25,8 @@ D, NUM_CLIPS = 16, 24
 CONFIG = MemoryConfig(
     sensory_slots=16, episodic_slots=12, schema_slots=8, num_relations=8, dim=D, merge_keep=1.0
 )
-# With SPACE a score is 5 times the cosine.
-PLAIN = Calibration(text=(0.0, 0.8), visual=(0.0, 0.8), entity=(0.0, 0.8))
+# With SPACE a score is 5 times the cosine. At this temperature the gate waits for the clips.
+PLAIN = Calibration(text=(0.0, 0.8), visual=(0.0, 0.8), entity=(0.0, 0.8), temperature=1.0)
 ORTHOGONAL = "What does the elephant say?"
 
 
