@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.dim = 384  # of the encoder
     config.slots = 16  # of the memory in training
     config.max_node_tokens = 256
-    config.clips_read = 5  # of a node that was retrieved, at most
+    config.clips_read = 5  # of a node, at most, in evaluation; training reads one
 
     config.world = ml_collections.ConfigDict({"num_clips": 128, "num_questions": 48})
     config.streams = ml_collections.ConfigDict({"train": 128, "validation": 16, "test": 40})
@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {"num_steps": 500, "batch_size": 8, "num_questions": 24, "learning_rate": 1e-3,
          "hidden": 64, "log_every": 10, "save_every": 50}
     )  # fmt: skip
+    # beta1 is 0: a token held costs nothing, slots alone are scarce.
     config.sib = ml_collections.ConfigDict(
         {"num_generations": 8, "block_size": 8, "credit": "step", "discount": 0.9,
          "beta1": 0.0, "beta2": 1e-4, "std": "batch", "ratio": "length_normalised",

@@ -163,7 +163,7 @@ def _question_entropy(
 
 
 def text_task(
-    temperature: float | jax.Array, *, visuals: bool = False, rows_read: int = 1
+    temperature: float | jax.Array, *, visuals: bool = False
 ) -> Callable[[EncodedStream], sib.TaskFns]:
     """What a batch's questions make of a memory: evidence mass, and its log for the bound.
 
@@ -171,7 +171,7 @@ def text_task(
     mixes retrieval over the T rows with 5% of chance.
     """
 
-    mass_fn = functools.partial(evidence_mass, visuals=visuals, rows_read=rows_read)
+    mass_fn = functools.partial(evidence_mass, visuals=visuals)
 
     def make(batch: EncodedStream) -> sib.TaskFns:
         questions, evidence = to_questions(batch), jnp.asarray(batch.evidence)
@@ -259,7 +259,6 @@ def learn(
     memory: MemoryConfig,
     *,
     visuals: bool = False,
-    rows_read: int = 1,
 ) -> Manager:
     """SIB-GRPO on a loader's batches by `text_task`, in a workdir that is claimed now.
 
@@ -270,7 +269,6 @@ def learn(
       make_loader: gives an endless iterator of EncodedStream batches [B, T, ...], from its start.
       memory: the memory that the manager fills.
       visuals: whether views are retrieved by text, as `retrieval.text_search` has it.
-      rows_read: most rows that are read of the node retrieved.
 
     Raises:
       UserError: if the mesh cannot be, or the workdir is another config's.
@@ -287,7 +285,7 @@ def learn(
     optimizer = manager_optimizer(config)
     update = sib.make_update(
         graphdef,
-        text_task(temperature, visuals=visuals, rows_read=rows_read),
+        text_task(temperature, visuals=visuals),
         optimizer,
         memory,
         options,
