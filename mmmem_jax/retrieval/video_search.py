@@ -35,7 +35,7 @@ class Calibration:
     """
 
     text: tuple[float, float] = (0.73, 1.62)  # question, caption or subtitle
-    visual: tuple[float, float] = (1.35, 0.78 / 0.65)  # question, ConSE embedding of frames
+    visual: tuple[float, float] = (1.37, 0.78 / 0.65)  # question, ConSE embedding of frames
     entity: tuple[float, float] = (0.0, 1.0)  # question, name: the background itself
     lift: float = 0.15  # share of an entity's score that its episodes get
     temperature: float = 0.5  # of the answer over moments or options
