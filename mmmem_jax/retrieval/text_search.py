@@ -46,20 +46,18 @@ def evidence_mass(
     temperature: float | Array,
     *,
     visuals: bool = False,
-    rows_read: int = 1,
 ) -> Float[Array, "Q"]:
     """Probability that retrieval by softmax(cosine / temperature) lands on the evidence.
 
-    A node gives the share of the rows from its first to its last that are evidence, times the
-    `rows_read` that are read of it, at most 1. An empty memory gives 0. `evidence` holds rows, -1
-    is padding. `visuals`: see `node_cosines`.
+    A node gives the share of the rows from its first to its last that are evidence. An empty memory
+    gives 0. `evidence` holds rows, -1 is padding. `visuals`: see `node_cosines`.
     """
     stream = state.episodic
     cosine = node_cosines(state, query, visuals=visuals)
     first, last = stream.source[:, 0], stream.source[:, 1]
     found = evidence[..., None]
     inside = (found >= jnp.maximum(first, 0)) & (found <= last)  # [Q, S, N]
-    share = jnp.minimum(rows_read * (inside.sum(1) / (last - first + 1)), 1.0)
+    share = inside.sum(1) / (last - first + 1)
     log_p = jax.nn.log_softmax(jnp.where(stream.valid, cosine / temperature, -1e9))
     return jnp.sum(jnp.where(stream.valid, jnp.exp(log_p) * share, 0.0), axis=-1)
 
