@@ -44,4 +44,5 @@ export MMMEM_ARTEFACTS=${MMMEM_ARTEFACTS:-$clone/.ci/artefacts} # screenshots of
 mkdir -p -- "$MMMEM_ARTEFACTS"
 export JAX_COMPILATION_CACHE_DIR=$venv/jax_cache # kept between runs
 cd -- "$stage/elsewhere"
-MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax "$python" -m pytest --numprocesses 2 "$@"
+MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax "$python" -m pytest --numprocesses 2 \
+  --dist loadfile "$@" # what the tests of a file share is made once

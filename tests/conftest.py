@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import mmmem_jax
 
@@ -55,8 +56,14 @@ def run_module(*args: object, timeout: float = 300) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """A workdir of `TINY_CONFIG`, trained to its end; copy it before changing it."""
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    done = run_module("mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    return workdir
+    """A workdir of `TINY_CONFIG`, trained to its end once for all workers; copy it to change it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "tiny.lock"):
+        if not (folder / "tiny").exists():
+            command = (*TINY_CONFIG, f"--workdir={folder / 'tiny.new'}")
+            done = run_module("mmmem_jax.main", *command)
+            assert done.returncode == 0, done.stderr
+            (folder / "tiny.new").rename(folder / "tiny")
+    return folder / "tiny"
