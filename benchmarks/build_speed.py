@@ -73,6 +73,7 @@ def measure(args) -> dict:
         "long": long,
         "long_ratio": round(long["rtf"] / short["rtf"], 3),
         "load": load,
+        "seeds": [],  # nothing is drawn
     }
 
 

@@ -139,7 +139,10 @@ def measure(args) -> dict:
         fast = repeat(args.video, Path(scratch) / f"fast{args.video.suffix}", max(times // 10, 1))
         result["overload"] = overload(builder, fast, folder, 20 * args.speed)
         result |= lost_after_kill(fast, folder, args.policy, 3, args.speed)
-    return result | {"video": args.video.name, "policy": args.policy, "slots": args.slots}
+    # Nothing is drawn.
+    return result | {
+        "video": args.video.name, "policy": args.policy, "slots": args.slots, "seeds": []
+    }  # fmt: skip
 
 
 def main() -> None:
