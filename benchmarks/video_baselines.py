@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks import common, not_found, video_memories, video_queries
+from benchmarks import not_found, video_memories, video_queries
 from benchmarks.video_retrieval import AMPLE, DEFAULT, LONGEST, num_clips
 from mmmem_jax import store
 from mmmem_jax.perception import decode, lite
@@ -221,13 +221,5 @@ def measure(full: bool, workdir: Path, videos: Path) -> dict:
     }
 
 
-def main() -> None:
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--videos", type=Path, required=True, help="folder of data/videos.py")
-    args = parser.parse_args()
-    folder = common.workdir(args, "video_memories")
-    common.report("video_baselines", args, lambda: measure(args.full, folder, args.videos))
-
-
 if __name__ == "__main__":
-    main()
+    video_memories.run("video_baselines", __doc__, measure)

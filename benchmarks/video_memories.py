@@ -7,12 +7,12 @@ Standard errors are over queries, given these videos, and 42 of the 62 test mome
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import video_queries
+from benchmarks import common, video_queries
 from mmmem_jax.errors import UserError
 from mmmem_jax.perception.lite import Perception
 from mmmem_jax.video import ask, build
@@ -159,3 +159,15 @@ def _shares(values: Sequence[str]) -> dict[str, float]:
 
 def _wanted(span: Span, window: Span) -> float:
     return min(SHARED_SECONDS, span[1] - span[0], window[1] - window[0])
+
+
+def run(name: str, doc: str, measure: Callable[[bool, Path, Path], dict]) -> None:
+    """The whole of a benchmark on such memories: `measure(full, workdir, videos)` gives the keys.
+
+    They share a workdir, so that a memory is built once.
+    """
+    parser = common.make_parser(doc)
+    parser.add_argument("--videos", type=Path, required=True, help="folder of data/videos.py")
+    args = parser.parse_args()
+    folder = common.workdir(args, "video_memories")
+    common.report(name, args, lambda: measure(args.full, folder, args.videos))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common, video_memories, video_queries
+from benchmarks import video_memories, video_queries
 from mmmem_jax import store
 from mmmem_jax.perception import lite
 from mmmem_jax.video import ask, build
@@ -82,13 +82,5 @@ def measure(full: bool, workdir: Path, videos: Path) -> dict:
     return {key: rows[0][key] for key in keys} | {"rows": rows, "split": split, "seeds": [0]}
 
 
-def main() -> None:
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--videos", type=Path, required=True, help="folder of data/videos.py")
-    args = parser.parse_args()
-    folder = common.workdir(args, "video_memories")
-    common.report("video_retrieval", args, lambda: measure(args.full, folder, args.videos))
-
-
 if __name__ == "__main__":
-    main()
+    video_memories.run("video_retrieval", __doc__, measure)

@@ -73,18 +73,25 @@ def _no_num_streams(job: str, source: str) -> None:
         )
 
 
+def _evaluate_manager(evals, workdir: Path):
+    """(run, its manager, results) by the module of a job whose managers text_job loads."""
+    from mmmem_jax.train import text_job
+
+    run = evals.load_run(workdir)
+    if FOLLOW.value:
+        evals.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
+    model, step = text_job.load_manager(run.config, workdir, STEP.value)
+    results = evals.full_evaluation(run, workdir, step, model)
+    print(evals.format_tables(results["table"]))
+    return run, model, results
+
+
 def evaluate_text(workdir: Path) -> None:
     """Evaluates a run on timed text."""
     _no_num_streams("text", "data")
     from mmmem_jax.evals import text_eval
-    from mmmem_jax.train import text_job
 
-    run = text_eval.load_run(workdir)
-    if FOLLOW.value:
-        text_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
-    model, step = text_job.load_manager(run.config, workdir, STEP.value)
-    results = text_eval.full_evaluation(run, workdir, step, model)
-    print(text_eval.format_tables(results["table"]))
+    _evaluate_manager(text_eval, workdir)
     print(f"report: {workdir / 'eval' / 'report.html'}")
 
 
@@ -92,14 +99,8 @@ def evaluate_lite(workdir: Path) -> None:
     """Evaluates a run on made clips, and exports its manager where --export says so."""
     _no_num_streams("lite", "config")
     from mmmem_jax.evals import lite_eval
-    from mmmem_jax.train import text_job
 
-    run = lite_eval.load_run(workdir)
-    if FOLLOW.value:
-        lite_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
-    model, step = text_job.load_manager(run.config, workdir, STEP.value)
-    results = lite_eval.full_evaluation(run, workdir, step, model)
-    print(lite_eval.format_tables(results["table"]))
+    run, model, results = _evaluate_manager(lite_eval, workdir)
     if EXPORT.value:
         lite_eval.export(run, workdir, model, results, Path(EXPORT.value))
         print(f"manager: {EXPORT.value}")
