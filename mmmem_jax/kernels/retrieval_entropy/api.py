@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import custom_batching
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Array, Bool, Float, Int
 
 from mmmem_jax.kernels.retrieval_entropy import partial as parts
@@ -35,8 +36,8 @@ def retrieval_entropy(
     With logits s_i = query . keys_i / temperature over the valid slots, p = softmax(s):
     log Z = log sum exp s, H = -sum p log p. Sums are float32; products are of the bank's precision
     (the query is rounded to bfloat16 for a bfloat16 or int8 bank). What a masked slot holds, NaN
-    too, is of no account. Differentiable (reverse mode) in query, floating keys, scales, values and
-    temperature, through log_z, entropy, top_values and the read-out.
+    too, is of no account. Differentiable in both modes, and again, in query, floating keys, scales,
+    values and temperature, through log_z, entropy, top_values and the read-out.
 
     Args:
       query: float [B, D].
@@ -196,19 +197,24 @@ def summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> 
     return kernel(query, bank, inverse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _call(top_k: int, implementation: str, query, bank: xla.Bank, inverse):
     return parts.finish(summary(top_k, implementation, query, bank, inverse))
 
 
-def _forward(top_k: int, implementation: str, query, bank: xla.Bank, inverse):
-    outputs = _call(top_k, implementation, query, bank, inverse)
-    return outputs, (query, bank, inverse, outputs)
+def _jvp(top_k: int, implementation: str, primals, tangents):
+    outputs = _call(top_k, implementation, *primals)
+    return outputs, with_indices(outputs, xla.tangents(*primals, outputs, directions(tangents)))
 
 
-def _backward(top_k: int, implementation: str, residuals, cotangents):
-    query, bank, inverse, outputs = residuals
-    return xla.gradients(query, bank, inverse, outputs, cotangents)
+_call.defjvp(_jvp, symbolic_zeros=True)
 
 
-_call.defvjp(_forward, _backward)
+def directions(tangents):
+    """Tangents with None in place of zeros that JAX knows to be zeros."""
+    return jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents)
+
+
+def with_indices(outputs, tangents):
+    """Tangents of all outputs from those of the floating ones: an index has none."""
+    return (*tangents[:3], zero_from_primal(outputs[3], symbolic_zeros=True), *tangents[3:])

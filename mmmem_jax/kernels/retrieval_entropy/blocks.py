@@ -35,5 +35,4 @@ def summary(
     top, order = parts.top_k(xla.scores(query, near, inverse), top_k)
     indices = jnp.take_along_axis(place, jnp.maximum(order, 0), axis=-1)
     m, mass, t, _ = parts.merge_triples(m, mass, t, axis=0)
-    read = jnp.zeros((len(query), 0), jnp.float32)
-    return parts.Partial(m, mass, t, top, jnp.where(order < 0, -1, indices), read)
+    return parts.Partial(m, mass, t, top, jnp.where(order < 0, -1, indices), read=top[:, :0])

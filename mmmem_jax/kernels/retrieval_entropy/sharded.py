@@ -52,19 +52,23 @@ def retrieval_entropy(
     return outputs[:4] if values is None else outputs
 
 
-def _over_mesh(mesh: Mesh, axes, function, bank: xla.Bank, out_specs, *whole):
-    """`function(offset, bank, *whole)` on each device, `offset` the first of its rows."""
+def _over_mesh(mesh: Mesh, axes, function, size: int, rows, *whole):
+    """`function(offset, rows, *whole)` on each device, `offset` the first of its `size` rows."""
 
-    def local(bank, *whole):
-        return function(lax.axis_index(axes) * bank.size, bank, *whole)
+    def local(rows, *whole):
+        return function(lax.axis_index(axes) * size, rows, *whole)
 
-    specs = (jax.tree.map(lambda _: P(axes), bank), *jax.tree.map(lambda _: P(), whole))
+    specs = (jax.tree.map(lambda _: P(axes), rows), *jax.tree.map(lambda _: P(), whole))
     # Gathered summaries are the same everywhere, which the check of replication cannot tell.
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-    return mapped(bank, *whole)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return mapped(rows, *whole)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _local_size(mesh: Mesh, axes, bank: xla.Bank) -> int:
+    return bank.size // math.prod(mesh.shape[name] for name in axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _call(mesh, axes, top_k: int, implementation: str, query, bank: xla.Bank, inverse):
     def local(offset, bank, query, inverse):
         part = api.summary(top_k, implementation, query, bank, inverse)
@@ -76,27 +80,25 @@ def _call(mesh, axes, top_k: int, implementation: str, query, bank: xla.Bank, in
             whole = parts.merge(whole, jax.tree.map(lambda x, i=i: x[i], gathered))
         return parts.finish(whole)
 
-    return _over_mesh(mesh, axes, local, bank, P(), query, inverse)
+    return _over_mesh(mesh, axes, local, _local_size(mesh, axes, bank), bank, query, inverse)
 
 
-def _forward(mesh, axes, top_k: int, implementation: str, query, bank: xla.Bank, inverse):
-    outputs = _call(mesh, axes, top_k, implementation, query, bank, inverse)
-    return outputs, (query, bank, inverse, outputs)
+def _jvp(mesh, axes, top_k: int, implementation: str, primals, tangents):
+    query, bank, inverse = primals
+    d_query, d_bank, d_inverse = api.directions(tangents)
+    outputs = _call(mesh, axes, top_k, implementation, *primals)
+
+    def local(offset, banks, query, inverse, outputs, d_query, d_inverse):
+        bank, d_bank = banks
+        place = jnp.where(outputs[3] < offset, -1, outputs[3] - offset)
+        outputs = (*outputs[:3], place, outputs[4])
+        along = d_query, d_bank, d_inverse
+        return lax.psum(xla.tangents(query, bank, inverse, outputs, along), axes)
+
+    size = _local_size(mesh, axes, bank)
+    whole = query, inverse, outputs, d_query, d_inverse
+    along = _over_mesh(mesh, axes, local, size, (bank, d_bank), *whole)
+    return outputs, api.with_indices(outputs, along)
 
 
-def _backward(mesh, axes, top_k: int, implementation: str, residuals, cotangents):
-    query, bank, inverse, outputs = residuals
-    cotangents = cotangents[:3] + (None,) + cotangents[4:]  # of the indices: none
-
-    def local(offset, bank, query, inverse, outputs, cotangents):
-        log_z, entropy, top, place, read = outputs
-        place = jnp.where(place < 0, -1, place - offset)
-        outputs = log_z, entropy, top, place, read
-        d_query, d_bank, d_inverse = xla.gradients(query, bank, inverse, outputs, cotangents)
-        return lax.psum(d_query, axes), d_bank, lax.psum(d_inverse, axes)
-
-    specs = P(), jax.tree.map(lambda _: P(axes), xla.differentiable(bank)), P()
-    return _over_mesh(mesh, axes, local, bank, specs, query, inverse, outputs, cotangents)
-
-
-_call.defvjp(_forward, _backward)
+_call.defjvp(_jvp, symbolic_zeros=True)

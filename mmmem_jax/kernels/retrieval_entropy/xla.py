@@ -1,4 +1,4 @@
-"""Retrieval entropy by XLA: a matrix product per part of the bank, reduced and merged; gradients.
+"""Retrieval entropy by XLA: a matrix product per part of the bank, reduced and merged; tangents.
 
 A bank whose scores would not fit beside it is taken in parts, each summarised before the next.
 """
@@ -32,14 +32,12 @@ class Bank(NamedTuple):
         """`size` rows from `start`."""
 
         def rows(x, axis):
-            return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+            if x is None or x.shape[axis] == size:
+                return x
+            return lax.dynamic_slice_in_dim(x, start, size, axis)
 
-        return Bank(
-            rows(self.keys, self.keys.ndim - 2),
-            rows(self.scales, 0),
-            None if self.mask is None else rows(self.mask, self.mask.ndim - 1),
-            rows(self.values, 0),
-        )
+        axes = Bank(keys=-2, scales=0, mask=-1, values=0)
+        return Bank(*map(rows, self, axes))
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -62,116 +60,120 @@ def scores(query: Float[Array, "B D"], bank: Bank, inverse_temperature) -> Float
     return s if bank.mask is None else jnp.where(bank.mask, s, -jnp.inf)
 
 
-def _without_nan(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Rows [N ...] (or [B N ...]) with 0 where no query may look: 0 * NaN is no 0."""
-    if mask is None:
-        return rows
-    if mask.ndim == 2 and rows.ndim == 2:
-        mask = jnp.any(mask, axis=0)
-    return jnp.where(mask[..., None], rows, 0)
+def _without_nan(bank: Bank) -> Bank:
+    """The bank with 0 in the slots where no query may look: 0 * NaN is no 0."""
+    if bank.mask is None:
+        return bank
+
+    def rows(x, mask):
+        return (
+            None if x is None else jnp.where(jnp.expand_dims(mask, range(mask.ndim, x.ndim)), x, 0)
+        )
+
+    shared = jnp.any(bank.mask, axis=0) if bank.mask.ndim == 2 else bank.mask
+    keys = rows(bank.keys, bank.mask if bank.keys.ndim == 3 else shared)
+    return Bank(keys, rows(bank.scales, shared), bank.mask, rows(bank.values, shared))
 
 
-def _over_parts(bank: Bank, num_queries: int, add: Callable, carry):
-    """carry = add(carry, part, start, new) over the bank.
+def _over_parts(bank: Bank, num_queries: int, add: Callable):
+    """carry = add(carry, start, size, new) over the bank's parts of `size` rows; None at first.
 
-    `new` [n]: rows that were in no earlier part; None: all. The first part is outside the loop, so
-    that under shard_map the carry varies over the mesh as the bank does.
+    `new` [size]: rows that were in no earlier part; None: all. The first part is outside the loop,
+    so that under shard_map the carry varies over the mesh as the bank does.
     """
     size = max(1, min(bank.size, MAX_SCORES // num_queries))
     if size == bank.size:
-        return add(carry, bank, 0, None)
+        return add(None, 0, size, None)
 
     def body(i, carry):
         start = jnp.minimum(i * size, bank.size - size)
-        new = jnp.arange(size) + start >= i * size
-        return add(carry, bank.part(start, size), start, new)
+        return add(carry, start, size, jnp.arange(size) + start >= i * size)
 
-    carry = add(carry, bank.part(0, size), 0, None)
-    return lax.fori_loop(1, -(-bank.size // size), body, carry)
+    return lax.fori_loop(1, -(-bank.size // size), body, add(None, 0, size, None))
 
 
 def summary(query: jax.Array, bank: Bank, inverse_temperature, top_k: int) -> parts.Partial:
     """The bank's `Partial` for the queries [B D]."""
 
-    def add(carry, part, start, new):
+    def add(carry, start, size, new):
+        part = bank.part(start, size)
         s = scores(query, part, inverse_temperature)
         s = s if new is None else jnp.where(new, s, -jnp.inf)
         m, mass, t = parts.triple(s)
         top, indices = parts.top_k(s, top_k)
         indices = jnp.where(indices < 0, -1, indices + start)
-        read = jnp.zeros((len(query), 0), jnp.float32)
+        read = s[:, :0]
         if part.values is not None:
             p = jnp.exp(parts.shift(s, m[:, None]))
-            read = _dot("bn,nv->bv", p, _without_nan(part.values, part.mask).astype(jnp.float32))
+            read = _dot("bn,nv->bv", p, _without_nan(part).values.astype(jnp.float32))
         here = parts.Partial(m, mass, t, top, indices, read)
         return here if carry is None else parts.merge(carry, here)
 
-    return _over_parts(bank, len(query), add, None)
+    return _over_parts(bank, len(query), add)
 
 
-def differentiable(bank: Bank) -> Bank:
-    """The bank's parts that have a gradient, None in place of the others."""
-    floating = jnp.issubdtype(bank.keys.dtype, jnp.floating)
-    return bank._replace(keys=bank.keys if floating else None, mask=None)
+def tangents(query, bank: Bank, inverse_temperature, outputs, directions):
+    """Tangents of `parts.finish`'s outputs, linear in `directions`; of the indices there is none.
 
+    Args:
+      query, bank, inverse_temperature: the point.
+      outputs: `parts.finish`'s there, of this bank or of a larger one that it is a part of, whose
+        tangents are the sums over its parts.
+      directions: tangents of query, bank and inverse temperature; None where zero.
 
-def gradients(query, bank: Bank, inverse_temperature, outputs, cotangents):
-    """Cotangents of query, bank and inverse temperature from those of `parts.finish`'s outputs.
-
-    With p = softmax(s): d log_z / ds_i = p_i, dH / ds_i = -p_i (log p_i + H), and of the read-out r
-    in the direction g, p_i (g . v_i - g . r).
+    With p = softmax(s): d log_z = sum p ds, dH = -sum p (log p + H) ds, and of the read-out r
+    dr = sum p ((v - r) ds + dv). No part's scores are kept for the transpose that JAX takes of
+    this for the gradient: they are computed again, as here.
     """
-    log_z, entropy, _, top_indices, read = outputs
-    g_log_z, g_entropy, g_top, _, g_read = cotangents
+    d_query, d_bank, d_inverse = directions
+
+    def add(carry, start, size, new):
+        @jax.checkpoint
+        def of_part(query, bank, inverse_temperature, outputs, start, new, directions):
+            part = bank.part(start, size)
+            place = outputs[3] - start
+            place = jnp.where((outputs[3] < 0) | (place < 0), size, place)
+            outputs = (*outputs[:3], place, outputs[4])
+            return _part_tangents(query, part, inverse_temperature, outputs, new, directions)
+
+        along = d_query, d_bank.part(start, size), d_inverse  # outside, to be summed in place
+        here = of_part(query, bank, inverse_temperature, outputs, start, new, along)
+        return here if carry is None else jax.tree.map(jnp.add, carry, here)
+
+    return _over_parts(bank, len(query), add)
+
+
+def _part_tangents(query, part: Bank, inverse_temperature, outputs, new, directions):
+    """`tangents` of one part; an index that lies in another is out of bounds."""
+    log_z, entropy, _, place, read = outputs
+    d_query, d_part, d_inverse = directions
+    subscripts = "bd,bnd->bn" if part.keys.ndim == 3 else "bd,nd->bn"
+    part = _without_nan(part)
     some = jnp.isfinite(log_z)[:, None]
-    centre = jnp.where(some, log_z[:, None], 0.0)
-    batched = bank.keys.ndim == 3
+    valid = some if part.mask is None else some & part.mask
+    valid = valid if new is None else valid & new
+    raw = jnp.where(valid, raw_scores(query, part), 0.0)
+    log_p = raw * inverse_temperature - jnp.where(some, log_z[:, None], 0.0)
+    p = jnp.where(valid, jnp.exp(jnp.where(valid, log_p, 0.0)), 0.0)
 
-    def add(carry, part, start, new):
-        d_query, d_bank, d_inverse = carry
-        raw = raw_scores(query, part)
-        s = raw * inverse_temperature
-        valid = some if part.mask is None else some & part.mask
-        valid = valid if new is None else valid & new
-        s = jnp.where(valid, s, 0.0)
-        log_p = s - centre
-        p = jnp.where(valid, jnp.exp(log_p), 0.0)
-        factor = g_log_z[:, None] - g_entropy[:, None] * (log_p + entropy[:, None])
-        if part.values is not None:
-            values = _without_nan(part.values, part.mask).astype(jnp.float32)
-            own = _dot("bv,nv->bn", g_read, values)
-            factor += own - jnp.sum(g_read * read, axis=-1, keepdims=True)
-        ds = p * factor
-        place = top_indices - start
-        place = jnp.where((top_indices < 0) | (place < 0), bank.size, place)
-        row = jnp.arange(len(query))[:, None]
-        top = jnp.zeros_like(ds).at[row, place].add(g_top, mode="drop")
-        ds = ds + jnp.where(valid, top, 0.0)
-        d_inverse += jnp.sum(ds * jnp.where(valid, raw, 0.0))
-        d_raw = ds * inverse_temperature
-        keys = _without_nan(part.keys.astype(jnp.float32), part.mask)
-        scaled = d_raw if part.scales is None else d_raw * part.scales
-        d_query += _dot("bn,bnd->bd" if batched else "bn,nd->bd", scaled, keys)
-        q = query.astype(jnp.float32)
-        updates = {}
-        if d_bank.keys is not None:
-            updates["keys"] = _dot("bn,bd->bnd" if batched else "bn,bd->nd", scaled, q)
-        if d_bank.scales is not None:
-            unscaled = jnp.where(valid, raw_scores(query, part._replace(scales=None)), 0.0)
-            updates["scales"] = jnp.sum(d_raw * unscaled, axis=0)
-        if d_bank.values is not None:
-            updates["values"] = _dot("bn,bv->nv", p, g_read)
-        for name, update in updates.items():
-            axis = 1 if name == "keys" and batched else 0
-            whole = getattr(d_bank, name)
-            old = lax.dynamic_slice_in_dim(whole, start, update.shape[axis], axis)
-            whole = lax.dynamic_update_slice_in_dim(whole, old + update, start, axis)
-            d_bank = d_bank._replace(**{name: whole})
-        return d_query, d_bank, d_inverse
+    d_raw = jnp.zeros_like(raw)
+    if d_query is not None:
+        d_raw += _dot(subscripts, d_query.astype(jnp.float32), part.keys.astype(jnp.float32))
+    if d_part.keys is not None:
+        d_raw += _dot(subscripts, query.astype(jnp.float32), d_part.keys.astype(jnp.float32))
+    d_raw = d_raw if part.scales is None else d_raw * part.scales
+    if d_part.scales is not None:
+        d_raw += raw_scores(query, part._replace(scales=None)) * d_part.scales
+    ds = d_raw * inverse_temperature
+    ds = ds if d_inverse is None else ds + raw * d_inverse
+    ds = jnp.where(valid, ds, 0.0)
 
-    d_bank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), differentiable(bank))
-    start = (jnp.zeros(query.shape, jnp.float32), d_bank, jnp.float32(0.0))
-    d_query, d_bank, d_inverse = _over_parts(bank, len(query), add, start)
-    pairs = zip(d_bank, bank, strict=True)
-    d_bank = Bank(*(None if d is None else d.astype(x.dtype) for d, x in pairs))
-    return d_query.astype(query.dtype), d_bank, d_inverse
+    d_p = p * ds
+    d_log_z = jnp.sum(d_p, axis=-1)
+    d_entropy = -jnp.sum(d_p * (log_p + entropy[:, None]), axis=-1)
+    d_top = jnp.take_along_axis(ds, place, axis=-1, mode="fill", fill_value=0.0)
+    d_read = -d_log_z[:, None] * read
+    for weight, values in ((d_p, part.values), (p, d_part.values)):
+        if values is not None:
+            d_read += _dot("bn,nv->bv", weight, values.astype(jnp.float32))
+    return d_log_z, d_entropy, d_top, d_read
