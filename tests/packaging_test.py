@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -277,9 +278,49 @@ esac
         )
 
 
-def test_ci_exits_with_the_code_of_the_test_script(tmp_path):
-    (tmp_path / ".ci").mkdir()
-    (tmp_path / ".ci/run").write_text((REPO / ".ci/run").read_text())
-    (tmp_path / "test.sh").write_text('echo "$@"; exit 5')
-    done = _run("bash", str(tmp_path / ".ci/run"), "-k", "a word", cwd="/")
-    assert (done.returncode, done.stdout) == (5, "-k a word\n")
+class TestContinuousIntegration:
+    @pytest.fixture
+    def run_ci(self, tmp_path):
+        """Runs .ci/run with a test.sh that says how it was called, where these Pythons are."""
+        (tmp_path / ".ci").mkdir()
+        (tmp_path / ".ci/run").write_text((REPO / ".ci/run").read_text())
+
+        def run(pythons: tuple[str, ...], code: int) -> subprocess.CompletedProcess:
+            script = f'echo "$PYTHON ${{VENV##*/}} $*"; exit {code}'
+            (tmp_path / "test.sh").write_text(script)
+            for name in pythons:
+                path = tmp_path / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("#!/bin/sh\n")
+                path.chmod(0o755)
+            for name in ("bash", "dirname"):
+                (tmp_path / "bin").mkdir(exist_ok=True)
+                (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+            env = {"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path / "pyenv")}
+            return _run("bash", str(tmp_path / ".ci/run"), "-k", "a word", cwd="/", env=env)
+
+        return run
+
+    def test_both_pythons_from_path_or_pyenv(self, run_ci, tmp_path):
+        newer = "pyenv/versions/3.12.9/bin/python"
+        done = run_ci(("bin/python3.11", newer), 0)
+        assert (done.returncode, done.stdout.splitlines()) == (0, [
+            "Testing on Python 3.11", "python3.11 .venv-test-3.11 -k a word",
+            "Testing on Python 3.12", f"{tmp_path / newer} .venv-test-3.12 -k a word",
+            "Passed on Python 3.11 3.12",
+        ])  # fmt: skip
+
+    def test_the_one_that_is_there(self, run_ci):
+        done = run_ci(("bin/python3.12",), 0)
+        assert done.returncode == 0
+        assert "Python 3.11 is not here: not tested\n" in done.stdout
+        assert done.stdout.endswith("Passed on Python 3.12\n")
+
+    def test_the_code_of_the_first_that_fails(self, run_ci):
+        done = run_ci(("bin/python3.11", "bin/python3.12"), 5)
+        assert done.returncode == 5
+        assert "3.12" not in done.stdout
+
+    def test_none(self, run_ci):
+        done = run_ci((), 0)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -24,6 +24,8 @@ def video(tmp_path_factory):
 
 def test_growth_is_of_the_last_quarter_over_the_second():
     assert watch_soak.growth([9.0, 9.0, 2.0, 2.0, 5.0, 5.0, 3.0, 3.0]) == pytest.approx(0.5)
+    hiccup = [1.0, 1.0, 1.0, 2.0, 2.0, 90.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0]
+    assert watch_soak.growth(hiccup) == pytest.approx(0.5)
     assert watch_soak.growth([4.0] * 11) == 0.0
     with pytest.raises(UserError, match="too short"):
         watch_soak.growth([1.0] * 3)
