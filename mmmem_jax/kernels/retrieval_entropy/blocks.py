@@ -1,6 +1,4 @@
-"""From the triples (m, l, t) of every block of keys, which a kernel wrote, to the whole bank's."""
-
-from collections.abc import Callable
+"""From what a kernel wrote of every block of keys, and of the bank, to the bank's summary."""
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +10,20 @@ LOWEST = -1e38  # the m of a block without a valid key; finite, so that differen
 
 
 def summary(
-    triples: Callable, block: int, query: jax.Array, bank: xla.Bank, inverse, top_k: int
+    maxima: jax.Array, triple: tuple, block: int, query: jax.Array, bank: xla.Bank, inverse, top_k
 ) -> parts.Partial:
-    """As `xla.summary`: the blocks' triples merged, the top k found in the k best blocks.
+    """As `xla.summary`, the top k found in the k blocks of largest maxima.
 
     Args:
-      triples: (query, bank, inverse) -> m, l, t, each [ceil(N / block), B].
+      maxima: [ceil(N / block), B], each block's largest logit, LOWEST where no key is valid.
+      triple: m, l, t of the bank, each [B].
       block: consecutive keys in a block; the last may have fewer.
+      query, bank, inverse, top_k: as of `xla.summary`.
 
     The scores of the k best blocks' keys are computed again: k * block of each query's N.
     """
-    m, mass, t = triples(query, bank, inverse)
-    m = jnp.where(mass > 0, m, -jnp.inf)
-    best = jnp.sort(parts.top_k(m.T, min(top_k, len(m)))[1], axis=-1)  # -1 sorts first
+    maxima = jnp.where(maxima > LOWEST, maxima, -jnp.inf)
+    best = jnp.sort(parts.top_k(maxima.T, min(top_k, len(maxima)))[1], axis=-1)  # -1 sorts first
     place = (best[:, :, None] * block + jnp.arange(block)).reshape(len(query), -1)
     some = (place >= 0) & (place < bank.size)
     row = jnp.where(some, place, 0)
@@ -34,5 +33,6 @@ def summary(
     near = xla.Bank(bank.keys[row], scales, some)
     top, order = parts.top_k(xla.scores(query, near, inverse), top_k)
     indices = jnp.take_along_axis(place, jnp.maximum(order, 0), axis=-1)
-    m, mass, t, _ = parts.merge_triples(m, mass, t, axis=0)
+    m, mass, t = triple
+    m = jnp.where(mass > 0, m, -jnp.inf)
     return parts.Partial(m, mass, t, top, jnp.where(order < 0, -1, indices), read=top[:, :0])

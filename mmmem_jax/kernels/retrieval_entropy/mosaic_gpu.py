@@ -233,8 +233,7 @@ def summary(query: jax.Array, bank: xla.Bank, inverse, top_k: int) -> parts.Part
     """As `xla.summary`, for a bank that is `supported`."""
     block = block_size(bank.size, num_multiprocessors())
 
-    def triples(query, bank, inverse):
-        query = query.astype(bank.keys.dtype)
-        return block_triples(query, bank.keys, bank.mask, inverse, block=block)
-
-    return blocks.summary(triples, block, query, bank, inverse, top_k)
+    query = query.astype(bank.keys.dtype)
+    m, mass, t = block_triples(query, bank.keys, bank.mask, inverse, block=block)
+    whole = parts.merge_triples(m, mass, t, axis=0)[:3]
+    return blocks.summary(m, whole, block, query, bank, inverse, top_k)

@@ -1,11 +1,10 @@
-"""The triples of every block of keys in one read of the bank: a Pallas kernel for TPU.
+"""The bank's triple and every block's largest logit in one read: a Pallas kernel for TPU.
 
 The grid walks over tiles of keys, which Pallas streams into VMEM while the one before is at work.
 The product has the keys as rows and the queries as lanes, so that a block's keys lie along the
-sublanes, where reductions are cheap. What scales or masks a key comes as one float32 row.
+sublanes, where reductions are cheap. The triple stays in VMEM from tile to tile. What scales or
+masks a key comes as one float32 row.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float
 from mmmem_jax.kernels.retrieval_entropy import blocks, xla
 from mmmem_jax.kernels.retrieval_entropy import partial as parts
 
-BLOCK = 64  # keys per block
+BLOCK = 128  # keys per block: 4 bytes written per key and 128 queries
 LANES = 128  # queries at once
 TILE_BYTES = 1 << 21  # of keys in VMEM, twice
 
@@ -31,8 +30,8 @@ def supported(bank: xla.Bank) -> bool:
     return bank.keys.ndim == 2
 
 
-def _kernel(row, keys, query, m, mass, t):
-    """Refs: row [1 n], keys [n D], query [128 D]; m, mass, t [n / 64, 128]."""
+def _kernel(row, keys, query, maxima, triple):
+    """Refs: row [1 n], keys [n D], query [128 D]; maxima [n / 128, 128], triple [3 B]."""
     tile, dtype = keys[...], query.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     raw = lax.dot_general(
@@ -44,33 +43,43 @@ def _kernel(row, keys, query, m, mass, t):
     )
     factor = jnp.broadcast_to(row[...], raw.shape[::-1]).T
     s = jnp.where(jnp.isnan(factor), blocks.LOWEST, raw * factor)
-    s = s.reshape(-1, BLOCK, raw.shape[-1])
-    top = jnp.max(s, axis=1)
-    d = s - top[:, None]
+    top = jnp.max(s.reshape(-1, BLOCK, LANES), axis=1)
+    maxima[...] = top
+
+    lanes = pl.ds(pl.multiple_of(pl.program_id(1) * LANES, LANES), LANES)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _start():
+        triple[:, lanes] = jnp.stack([jnp.full(LANES, x) for x in (blocks.LOWEST, 0.0, 0.0)])
+
+    m, mass, t = (triple[i : i + 1, lanes] for i in range(3))
+    new = jnp.maximum(m, jnp.max(top, axis=0, keepdims=True))
+    d = s - new
     p = jnp.where(s > blocks.LOWEST, jnp.exp(d), 0.0)
-    m[...] = top
-    mass[...] = jnp.sum(p, axis=1)
-    t[...] = jnp.sum(p * d, axis=1)
+    scale = jnp.exp(m - new)
+    triple[0:1, lanes] = new
+    triple[1:2, lanes] = scale * mass + jnp.sum(p, axis=0, keepdims=True)
+    triple[2:3, lanes] = scale * (t + mass * (m - new)) + jnp.sum(p * d, axis=0, keepdims=True)
 
 
-def block_triples(
+def maxima_and_triple(
     query: Float[Array, "B D"], bank: xla.Bank, inverse: Float[Array, ""], *, interpret=False
-) -> tuple[Float[Array, "blocks B"], Float[Array, "blocks B"], Float[Array, "blocks B"]]:
-    """m, l, t of every 64 consecutive keys; m is the largest logit, `blocks.LOWEST` if none."""
+) -> tuple[Float[Array, "blocks B"], Float[Array, "3 B"]]:
+    """The largest logit of every 128 consecutive keys and m, l, t of all; LOWEST for none valid."""
     num_queries, dim = query.shape
     dtype = jnp.float32 if bank.keys.dtype == jnp.float32 else jnp.bfloat16
     padded = pl.cdiv(num_queries, LANES) * LANES
     query = jnp.pad(query.astype(dtype), ((0, padded - num_queries), (0, 0)))
     rows = TILE_BYTES // (dim * bank.keys.dtype.itemsize)
-    rows = max(512, min(4096, rows // 512 * 512))  # of which 8 or more blocks
+    rows = max(1024, min(4096, rows // 1024 * 1024))  # 8 blocks or more: a tile of the output
     num_tiles = pl.cdiv(bank.size, rows)
     factor = jnp.full(bank.size, inverse) if bank.scales is None else bank.scales * inverse
     factor = factor if bank.mask is None else jnp.where(bank.mask, factor, jnp.nan)
     factor = jnp.pad(factor, (0, num_tiles * rows - bank.size), constant_values=jnp.nan)
     num_blocks = pl.cdiv(bank.size, BLOCK)
-    out = jax.ShapeDtypeStruct((num_blocks, padded), jnp.float32)
+    out = [(num_blocks, padded), (3, padded)]
     scores = bank.size * padded
-    triples = pl.pallas_call(
+    maxima, triple = pl.pallas_call(
         _kernel,
         grid=(num_tiles, padded // LANES),  # a tile stays for all queries
         in_specs=[
@@ -78,21 +87,24 @@ def block_triples(
             pl.BlockSpec((rows, dim), lambda i, j: (i, 0)),
             pl.BlockSpec((LANES, dim), lambda i, j: (j, 0)),
         ],
-        out_specs=[pl.BlockSpec((rows // BLOCK, LANES), lambda i, j: (i, j))] * 3,
-        out_shape=[out] * 3,
+        out_specs=[
+            pl.BlockSpec((rows // BLOCK, LANES), lambda i, j: (i, j)),
+            pl.BlockSpec((3, padded), lambda i, j: (0, 0)),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in out],
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
             flops=2 * scores * dim,
             transcendentals=scores,
-            bytes_accessed=bank.keys.nbytes + 4 * bank.size + 12 * num_blocks * padded,
+            bytes_accessed=bank.keys.nbytes + 4 * bank.size + 4 * num_blocks * padded,
         ),
     )(factor[None], bank.keys, query)
-    return tuple(x[:, :num_queries] for x in triples)
+    return maxima[:, :num_queries], triple[:, :num_queries]
 
 
 def summary(
     query: jax.Array, bank: xla.Bank, inverse, top_k: int, *, interpret=False
 ) -> parts.Partial:
     """As `xla.summary`, for a shared bank without values."""
-    triples = functools.partial(block_triples, interpret=interpret)
-    return blocks.summary(triples, BLOCK, query, bank, inverse, top_k)
+    maxima, triple = maxima_and_triple(query, bank, inverse, interpret=interpret)
+    return blocks.summary(maxima, tuple(triple), BLOCK, query, bank, inverse, top_k)
