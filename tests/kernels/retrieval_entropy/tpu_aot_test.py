@@ -31,8 +31,9 @@ BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "bf16": 2, "s8": 1}
 
 
 @pytest.fixture(autouse=True)
-def no_metadata_server(monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+def no_tpu_here(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # of no metadata server
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU that another process may hold
 
 
 def devices(name):
