@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from mmmem_jax.kernels.retrieval_entropy import partial as parts
 from mmmem_jax.memory.types import MemoryState
 from mmmem_jax.retrieval import evidence as ev
 
@@ -127,8 +128,7 @@ def order(
             scores = scores.at[:, :n1].add(config.link_bonus * linked)
         candidates = jnp.broadcast_to(valid & (level == lv), scores.shape)
         logits = jnp.where(candidates, scores / config.temperature, -jnp.inf)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        entropies.append(jnp.where(jnp.any(candidates, -1), entropy(log_p), 0.0))
+        entropies.append(parts.log_z_and_entropy(*parts.triple(logits))[1])
         k, rounds = config.top_k[lv], config.rounds[lv]
         rank = _rank(scores, candidates)
         entered = jnp.where(candidates & (rank < k * rounds), first + rank // k, entered)

@@ -32,11 +32,11 @@ def shift(scores: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def triple(
-    scores: Float[Array, "B N"],
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    scores: Float[Array, "... N"],
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """m, l, t of each row; a score of -inf is of no valid key."""
     m = jnp.max(scores, axis=-1)
-    d = shift(scores, m[:, None])
+    d = shift(scores, m[..., None])
     p = jnp.exp(d)
     return m, jnp.sum(p, axis=-1), jnp.sum(p * d, axis=-1)
 
@@ -63,17 +63,23 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(m, mass, t, values, indices, read)
 
 
+def log_z_and_entropy(m: jax.Array, mass: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the softmax whose triple this is, in nats; -inf and 0 without a valid key."""
+    some = mass > 0.0
+    mass = jnp.where(some, mass, 1.0)
+    log_z = jnp.where(some, m + jnp.log(mass), -jnp.inf)
+    return log_z, jnp.where(some, jnp.maximum(jnp.log(mass) - t / mass, 0.0), 0.0)
+
+
 def finish(partial: Partial) -> tuple[jax.Array, ...]:
     """log_z, entropy, top_values, top_indices, read-out of the whole bank.
 
     Without a valid key: -inf, 0, -inf, -1, 0.
     """
-    some = partial.mass > 0.0
-    mass = jnp.where(some, partial.mass, 1.0)
-    log_z = jnp.where(some, partial.m + jnp.log(mass), -jnp.inf)
-    entropy = jnp.where(some, jnp.maximum(jnp.log(mass) - partial.t / mass, 0.0), 0.0)
-    read = jnp.where(some[:, None], partial.read / mass[:, None], 0.0)
-    return log_z, entropy, partial.top_values, partial.top_indices, read
+    some = partial.mass[:, None] > 0.0
+    read = jnp.where(some, partial.read / jnp.where(some, partial.mass[:, None], 1.0), 0.0)
+    whole = log_z_and_entropy(partial.m, partial.mass, partial.t)
+    return *whole, partial.top_values, partial.top_indices, read
 
 
 def top_k(scores: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
