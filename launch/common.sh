@@ -92,6 +92,15 @@ parse_flags() {
   done
 }
 
+# add_config CONFIG: main_args begins with --config, and with a mesh of all devices where it names none.
+add_config() {
+  local flag mesh=--config.mesh.data=-1
+  for flag in ${main_args[@]+"${main_args[@]}"}; do
+    [[ $flag != --config.mesh.data* ]] || mesh=''
+  done
+  main_args=("--config=$1" ${mesh:+"$mesh"} ${main_args[@]+"${main_args[@]}"})
+}
+
 # absolute VARIABLE: makes the folder it names independent of where the script runs.
 absolute() {
   case ${!1} in
@@ -118,7 +127,8 @@ PYTHON
 }
 
 # end_run PYTHON WORKDIR, after training: returns 75 where a preemption left more to do; otherwise
-# leaves WORKDIR/finished, which launch/tpu.sh keep waits for.
+# leaves WORKDIR/finished, which launch/tpu.sh keep waits for. The processes of a run end together,
+# after the first has written what it had to.
 end_run() {
   "$1" - "$2" <<'PYTHON'
 import sys

@@ -88,6 +88,7 @@ manifest() {
   local argument values="$namespace$queue$image$accelerator$service_account$workdir$config"
   [[ $values${main_args[*]-} != *[[:cntrl:]]* ]] ||
     fail 'no value may hold a line break or another control character'
+  add_config "$config"
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -163,11 +164,16 @@ YAML
                   args:
                     - python
                     - $(yaml_argument "$workdir")
-                    - $(yaml_argument "--config=$config")
 YAML
-  for argument in ${main_args[@]+"${main_args[@]}"}; do
+  for argument in "${main_args[@]}"; do
     printf '                    - %s\n' "$(yaml_argument "$argument")"
   done
+  # A pod of an indexed Job, it would otherwise look for others.
+  ((hosts > 1)) || cat <<'YAML'
+                  env:
+                    - name: JAX_NUM_PROCESSES
+                      value: "1"
+YAML
   cat <<YAML
                   resources:
                     requests:

@@ -81,6 +81,7 @@ submit() {
       return
     fi
   fi
+  add_config "$config"
   run mkdir -p -- runs/logs
   # TERM goes to the processes of srun, not to the script: they save and end before the limit.
   run sbatch --job-name="$name" --chdir="$PWD" --nodes="$nodes" --ntasks-per-node="$gpus_per_node" \
@@ -88,8 +89,7 @@ submit() {
     ${time:+"--time=$time"} \
     ${partition:+"--partition=$partition"} ${account:+"--account=$account"} \
     --requeue --signal=TERM@300 --dependency=singleton --open-mode=append --output="$(log_file)" \
-    launch/slurm_job.sh "$venv/bin/python" "$workdir" "--config=$config" \
-    ${main_args[@]+"${main_args[@]}"}
+    launch/slurm_job.sh "$venv/bin/python" "$workdir" "${main_args[@]}"
 }
 
 status() {

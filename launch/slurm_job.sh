@@ -28,11 +28,11 @@ shift 2
 
 trap : TERM # a preemption may tell the script too: what follows srun must still be done
 begin_run "$python" "$workdir"
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
-  "$python" -m mmmem_jax.main --workdir="$workdir" "$@"
 code=0
-end_run "$python" "$workdir" || code=$?
-if ((code == 75)); then
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+  "$python" -m mmmem_jax.main --workdir="$workdir" "$@" || code=$?
+((code)) || end_run "$python" "$workdir" || code=$?
+if ((code == 75 || code == 143)); then # 143: SIGTERM came before there was a step to save
   scontrol requeue "$SLURM_JOB_ID"
   code=0
 fi

@@ -97,7 +97,7 @@ check_program() {
     [[ $value != *'||'* && $value != *$'\n'* ]] ||
       fail "no value may hold || or a line break: $value"
   done
-  main_args=("--config=$config" ${main_args[@]+"${main_args[@]}"})
+  add_config "$config"
 }
 
 # tpus GROUP VERB ARGUMENT...: a gcloud command about this TPU.

@@ -63,7 +63,9 @@ write_unit() {
   cat >"$unit" <<TEXT
 [Unit]
 Description=MM-Mem training
-StartLimitIntervalSec=3600
+# Bad flags fail at once, ten times, and that is the end of it; waiting for a worker that is late
+# (5 minutes, then again) goes on.
+StartLimitIntervalSec=1800
 StartLimitBurst=10
 
 [Service]
@@ -71,8 +73,6 @@ WorkingDirectory=$home/code
 ExecStart=/bin/bash $home/program
 Restart=on-failure
 RestartSec=30
-# What bad flags exit with: no use in trying again.
-RestartPreventExitStatus=2
 # Only bash is told to stop, and tells the program, which needs time to save.
 KillMode=mixed
 TimeoutStopSec=300

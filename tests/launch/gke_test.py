@@ -52,6 +52,9 @@ def test_one_pod_for_each_host_of_the_slice(machine, topology, more, hosts, chip
     assert (job["completions"], job["parallelism"]) == (hosts, hosts)
     assert job["completionMode"] == "Indexed"
     (container,) = pod["containers"]
+    alone = [{"name": "JAX_NUM_PROCESSES", "value": "1"}]
+    assert container.get("env") == (alone if hosts == 1 else None)
+    assert container["args"][-2:] == ["--config=configs/sib_grpo.py", "--config.mesh.data=-1"]
     resources = container["resources"]
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": chips}
     assert pod["nodeSelector"] == {
@@ -113,11 +116,12 @@ HOSTILE = [
 
 def test_the_container_gets_every_argument_to_the_letter(machine):
     workdir = 'gs://b/it\'s: "$(x)" - no'
-    manifest = _manifest(machine, *SLICE, f"--workdir={workdir}", "--", *HOSTILE)
+    flags = ["--config.mesh.data=8", *HOSTILE]
+    manifest = _manifest(machine, *SLICE, f"--workdir={workdir}", "--", *flags)
     (container,) = _pod(manifest)["containers"]
     assert container["command"] == ["bash", "launch/program.sh"]
     args = [_expanded(argument) for argument in container["args"]]
-    assert args == ["python", workdir, "--config=configs/sib_grpo.py", *HOSTILE]
+    assert args == ["python", workdir, "--config=configs/sib_grpo.py", *flags]
 
 
 @pytest.mark.parametrize("flag", ["--image=a\nb", "--queue=a\tb", "--namespace=\x1b"])

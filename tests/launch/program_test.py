@@ -111,6 +111,11 @@ class TestSlurmJob:
         assert done.returncode == 0, done.stderr
         assert cluster.calls("scontrol") == [["scontrol", "requeue", "7"]]
 
+    def test_is_queued_again_where_it_was_stopped_before_the_first_step(self, cluster):
+        done = self._job(cluster, "kill -TERM $$")
+        assert done.returncode == 0, done.stderr
+        assert cluster.calls("scontrol") == [["scontrol", "requeue", "7"]]
+
     def test_is_not_queued_again_after_an_error(self, cluster):
         done = self._job(cluster, "exit 1")
         assert done.returncode == 1

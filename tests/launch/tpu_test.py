@@ -118,7 +118,8 @@ def test_what_workers_are_told_survives_their_shell(cloud):
     (remote,) = [arg for arg in ssh if arg.startswith("--command=")]
     cloud.run("bash", "-c", remote.removeprefix("--command="))
     code = ["https://example.com/r.git", "main"]
-    words = ["run", *code, workdir, "--config=configs/sib_grpo.py", *flags]
+    config = ["--config=configs/sib_grpo.py", "--config.mesh.data=-1"]
+    words = ["run", *code, workdir, *config, *flags]
     assert cloud.calls() == [["sudo", "bash", "mmmem_startup.sh", *words]]
     assert not (cloud.clone / "pwned").exists()
 
