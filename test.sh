@@ -2,7 +2,8 @@
 # Lints, builds the wheel, and runs the tests against the installed wheel; sets itself up.
 #   bash test.sh [PYTEST ARGUMENTS]     e.g. bash test.sh tests/flags_test.py -k help
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR the environment (default .venv-test), which is
-# made anew where PYTHON names another version than it has.
+# made anew where PYTHON names another version than it has. Without arguments, a second job compiles
+# the programs for TPUs ahead of time.
 set -euo pipefail
 clone=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/venv.sh
@@ -19,7 +20,7 @@ cd -- "$clone"
 cp -R -- mmmem_jax LICENSE ./*.* "$stage/source"
 find "$stage/source" -name __pycache__ -prune -exec rm -rf -- {} +
 
-ensure_venv "$venv" "$clone" "$stage/source[test]"
+ensure_venv "$venv" "$clone" "$stage/source[test,aot]"
 python=$venv/bin/python
 
 echo 'Linting'
@@ -44,5 +45,10 @@ export MMMEM_ARTEFACTS=${MMMEM_ARTEFACTS:-$clone/.ci/artefacts} # screenshots of
 mkdir -p -- "$MMMEM_ARTEFACTS"
 export JAX_COMPILATION_CACHE_DIR=$venv/jax_cache # kept between runs
 cd -- "$stage/elsewhere"
-MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax "$python" -m pytest --numprocesses 2 \
-  --dist loadfile "$@" # what the tests of a file share is made once
+export MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax
+# What the tests of a file share is made once.
+"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+if ((!$#)); then
+  echo 'Compiling ahead of time for TPUs'
+  "$python" -m pytest -m aot
+fi
