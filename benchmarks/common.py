@@ -16,7 +16,8 @@ from mmmem_jax.train import checkpoints, world_job
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = ("perception", "reader", world_job.CALIBRATED)  # phases that come before the manager
-FREE = ("seed", "mesh.data", "mesh.group")  # what may differ from the default config with --full
+# What may differ from the default config with --full.
+FREE = ("seed", "mesh.data", "mesh.group", "mesh.model")
 
 
 def make_parser(doc: str, *, needs_run: bool = False) -> argparse.ArgumentParser:

@@ -32,7 +32,6 @@ from mmmem_jax import memory
 from mmmem_jax.data import encoded
 from mmmem_jax.errors import UserError
 from mmmem_jax.policies import manager
-from mmmem_jax.sib import update as sib
 from mmmem_jax.sib.rollout import group_keys
 from mmmem_jax.train import sharding, world_job
 
@@ -136,16 +135,9 @@ def training(config, model, streams, mesh):
         streams, seed=SEED, batch_size=size, questions_per_stream=questions
     )
     batch = sharding.put_batch(mesh, next(loader))
-    graphdef, _ = nnx.split(model)
-    reader_graphdef, reader_params = nnx.split(world_job.make_models(config).reader)
-    optimizer = world_job.manager_optimizer(config)
-    memory_config, options = world_job.memory_config(config), sib.SibConfig(**config.sib)
-    retrieval = world_job.retrieval_config(config)
-    task = sib.reader_task(reader_graphdef, reader_params, options.task, memory_config, retrieval)
-    shard = sharding.make_shard(mesh)
-    update = sib.make_update(graphdef, task, optimizer, memory_config, options, shard=shard)
-    state = sib.init_state(model, optimizer, jax.random.key(SEED))
-    return jax.jit(update), (sharding.replicate(mesh, state), batch)
+    reader = world_job.make_models(config).reader
+    state, update = world_job.manager_program(config, mesh, model, reader)
+    return jax.jit(update), (sharding.place(mesh, state), batch)
 
 
 def scheduling() -> dict:
@@ -173,7 +165,7 @@ def measure(full: bool, workdir: Path) -> dict:
     memory_config, model = world_job.memory_config(config), sharp_manager(config)
     eye = world_job.make_models(config).eye
     made = world_job.make_streams(config, "test", config.manager.batch_size)
-    mesh = sharding.make_mesh(data=-1, group=1)
+    mesh = sharding.make_mesh(data=-1)
     streams = world_job.encode_streams(eye, made, config.dim)
     items = encoded.to_items(sharding.put_batch(mesh, streams))
     rng_key, num_streams = jax.random.key(SEED), len(items.valid)

@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.questions_per_stream = 100_000
     config.questions = "made"  # what the manager learns from: "made" from the streams, "labelled"
     config.question_seed = 0
-    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1})
+    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
 
     config.manager = ml_collections.ConfigDict(
         {"num_steps": 300, "batch_size": 16, "num_rows": 128, "num_questions": 24,

@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.world = ml_collections.ConfigDict({"num_clips": 128, "num_questions": 48})
     config.streams = ml_collections.ConfigDict({"train": 128, "validation": 16, "test": 40})
-    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1})
+    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
     config.manager = ml_collections.ConfigDict(
         {"num_steps": 500, "batch_size": 8, "num_questions": 24, "learning_rate": 1e-3,
          "hidden": 64, "log_every": 10, "save_every": 50}

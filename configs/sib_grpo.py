@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.streams = ml_collections.ConfigDict(
         {"perception": 48, "train": 512, "validation": 48, "test": 48}
     )
-    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1})
+    config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
 
     config.perception = ml_collections.ConfigDict(
         {"num_steps": 600, "batch_size": 512, "learning_rate": 2e-3, "hidden": 128,

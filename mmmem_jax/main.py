@@ -4,8 +4,14 @@
     python -m mmmem_jax.main --config=configs/sib_grpo.py:smoke --workdir=/tmp/smoke
     python -m mmmem_jax.main --config=configs/sib_grpo.py --config.sib.credit=state --workdir=...
 
+    python -m mmmem_jax.main --compile_only --topology=v5p:8x8x4 --config=configs/sib_grpo.py
+
 Checkpoints, metrics.jsonl and TensorBoard files go to the workdir. The same command run again
 resumes where the run was stopped; a workdir of another config is refused. Then see eval_main.
+
+--compile_only trains nothing and writes nothing: it compiles the manager's update, for a TPU
+topology without any TPU or for the devices that are here, prints what it needs of each device, and
+exits with 0 if that fits and with 1 if it does not.
 """
 
 import importlib
@@ -13,11 +19,26 @@ from pathlib import Path
 
 from mmmem_jax import flags
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.weights import default_cache_dir
 
 FLAGS = flags.FlagValues()
 CONFIG = flags.define_config("configs/sib_grpo.py", FLAGS)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints and metrics; required.", flag_values=FLAGS
+)
+
+COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the manager's update and say if it fits.", flag_values=FLAGS
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --compile_only: TPUs such as v5p:8x8x4.", flag_values=FLAGS
+)
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder or gs:// address of compiled programs, kept between runs; otherwise that of "
+    "JAX_COMPILATION_CACHE_DIR, or xla in the user's cache folder of mmmem_jax.",
+    flag_values=FLAGS,
 )
 
 JOBS = {
@@ -27,16 +48,33 @@ JOBS = {
 }
 
 
-def main(argv: list[str]) -> None:
-    """Runs the job that `config.job` names."""
+def set_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs in `folder`, else where JAX was told, else in the user's cache."""
+    import jax  # here, so that --help and mistakes need not wait for it
+
+    if folder is None and jax.config.jax_compilation_cache_dir is None:
+        folder = str(default_cache_dir() / "xla")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the job that `config.job` names, or with --compile_only plans it."""
     del argv
-    if not WORKDIR.value:
+    if not WORKDIR.value and not COMPILE_ONLY.value:
         raise UserError("--workdir is missing; name a folder for the run, such as runs/sib_grpo")
+    if TOPOLOGY.value and not COMPILE_ONLY.value:
+        raise UserError("--topology is of machines that are not here; add --compile_only")
     config = CONFIG.value
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; it must be one of {', '.join(JOBS)}")
     flags.log_plainly()
-    importlib.import_module(JOBS[config.job]).run(config, Path(WORKDIR.value))
+    set_compilation_cache(COMPILATION_CACHE.value)
+    job = importlib.import_module(JOBS[config.job])
+    if COMPILE_ONLY.value:
+        plan = importlib.import_module("mmmem_jax.train.plan")
+        return 0 if plan.report(job.plan_manager, config, TOPOLOGY.value) else 1
+    return job.run(config, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

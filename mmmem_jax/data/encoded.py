@@ -90,6 +90,44 @@ def to_questions(batch: EncodedStream) -> QuestionBatch:
     )
 
 
+def shapes(
+    batch_size: int,
+    *,
+    num_chunks: int,
+    dim: int,
+    num_questions: int,
+    num_evidence: int,
+    num_mentions: int = 0,
+    num_options: int = 0,
+) -> EncodedStream:
+    """A batch [B, ...] of shapes and dtypes alone, to compile for: as `make_loader` would give."""
+
+    def array(*shape: int, dtype=np.float16):
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    chunks, questions = (num_chunks,), (num_questions,)
+    return EncodedStream(
+        visual=array(*chunks, dim),
+        coarse=array(*chunks, dim),
+        text=array(*chunks, dim),
+        span=array(*chunks, 2, dtype=np.float32),
+        tokens=array(*chunks, dtype=np.int32),
+        mention=array(*chunks, num_mentions, dim),
+        mention_valid=array(*chunks, num_mentions, dtype=bool),
+        change=array(*chunks, dtype=np.float32),
+        relation=array(*chunks, dtype=np.int32),
+        valid=array(*chunks, dtype=bool),
+        relevant=array(*chunks, dtype=bool),
+        query=array(*questions, dim),
+        options=array(*questions, num_options, dim),
+        answer=array(*questions, dtype=np.int32),
+        family=array(*questions, dtype=np.int32),
+        evidence=array(*questions, num_evidence, dtype=np.int32),
+        query_time=array(*questions, dtype=np.float32),
+        question_valid=array(*questions, dtype=bool),
+    )
+
+
 def stack(streams: list[EncodedStream]) -> EncodedStream:
     """Streams of one shape stacked along a new leading axis."""
     return EncodedStream(*(np.stack(column) for column in zip(*streams, strict=True)))

@@ -24,7 +24,7 @@ IDF_SUM, SPOKEN = FEATURES.index("idf_sum"), FEATURES.index("spoken")
 # Bring features near 0, and 1 in spread; fixed, so that nothing need be kept beside the manager.
 FEATURE_CENTRE = np.array([11.0, 6.0, 5.5, 1.7, 0.1, 0.3, 0.5, 0.5], np.float32)
 FEATURE_SCALE = np.array([8.0, 3.0, 3.0, 1.2, 0.3, 0.5, 0.5, 0.5], np.float32)
-_MAX_EVIDENCE = 8  # rows of one question that training counts
+MAX_EVIDENCE = 8  # rows of one question that training counts
 
 _log = logging.getLogger(__name__)
 
@@ -248,12 +248,12 @@ def encode(space: TextSpace, stream: TextStream, *, questions: str = "made") -> 
     text = project(space, stream.embedding)
     features = np.zeros((num_rows, dim), np.float16)
     features[:, : len(FEATURES)] = stream.features
-    evidence = np.full((num_questions, _MAX_EVIDENCE), -1, np.int32)
+    evidence = np.full((num_questions, MAX_EVIDENCE), -1, np.int32)
     ends = stream.span[:, 1]
     times = [ends[-1] if q.query_time is None else q.query_time for q in asked.questions]
     for row, question, when in zip(evidence, asked.questions, times, strict=True):
         found = evidence_rows(stream.span, question)
-        found = found[ends[found] <= when][:_MAX_EVIDENCE]
+        found = found[ends[found] <= when][:MAX_EVIDENCE]
         row[: len(found)] = found
     change = np.ones(num_rows, np.float32)
     change[1:] = 1.0 - np.sum(text[1:] * text[:-1], axis=-1)

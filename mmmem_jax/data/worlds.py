@@ -43,7 +43,7 @@ FAMILIES = ("state", "seen_once", "who", "order", "count", "when", "habit", "gis
 # The level a family should need, index of memory LEVELS: gist lives high, verbatim detail low.
 FAMILY_LEVEL = (0, 2, 1, 1, 1, 1, 0, 0)
 
-TEXT_WORDS, QUESTION_WORDS, OPTION_WORDS, MAX_EVIDENCE = 6, 5, 2, 8
+TEXT_WORDS, NUM_MENTIONS, QUESTION_WORDS, OPTION_WORDS, MAX_EVIDENCE = 6, 2, 5, 2, 8
 NUM_OPTIONS = 4
 FRAME_SIZE = 16
 SECONDS_PER_DAY = 86_400
@@ -80,7 +80,7 @@ class Stream(NamedTuple):
     glitch: np.ndarray  # [T] bool
     kind: np.ndarray  # [T] uint8, index of KINDS
     relevant: np.ndarray  # [T] bool, whether any question could need the chunk (for analysis only)
-    mention: np.ndarray  # [T, 2] uint8, entities named or seen
+    mention: np.ndarray  # [T, NUM_MENTIONS] uint8, entities named or seen
     relation: np.ndarray  # [T] int32, relation between them, -1 for none
     span: np.ndarray  # [T, 2] float32, seconds
     noise_seed: int  # seeds the frames

@@ -137,13 +137,19 @@ def claim_workdir(workdir: Path, config: Json) -> None:
 
 
 def read_config(workdir: Path) -> Json:
-    """The config a workdir was made by; raises UserError if it is no workdir."""
+    """The config a workdir was made by; raises UserError if it is no workdir.
+
+    Meshes had no axis 'model' at first: there it is 1.
+    """
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{workdir} has no config.json; run mmmem_jax.main there first") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON ({error}); restore it or start a new workdir"
         ) from None
+    if "mesh" in config:
+        config["mesh"].setdefault("model", 1)
+    return config

@@ -1,8 +1,9 @@
 """Checks of a config before a job writes anything: one line for every value that cannot be."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from mmmem_jax.errors import UserError
@@ -48,8 +49,11 @@ def check_phase(config: ConfigDict, phase: str) -> None:
     at_least(config, 1, f"{phase}.batch_size", f"{phase}.hidden")
 
 
-def check_manager(config: ConfigDict) -> None:
-    """Raises UserError unless the manager can learn by `manager`, `sib`, `mesh`, `seed`."""
+def check_manager(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Raises UserError unless the manager can learn by `manager`, `sib`, `mesh`, `seed`.
+
+    The mesh is of `devices`, by default of those that are there.
+    """
     check_phase(config, "manager")
     with naming("sib"):
         options = SibConfig(**config.sib)
@@ -59,7 +63,8 @@ def check_manager(config: ConfigDict) -> None:
     at_least(config, 1, "sib.block_size", "sib.inner_epochs")
     at_least(config, 0, "seed")
     sharding.check_divides(
-        sharding.make_mesh(config.mesh.data, config.mesh.group),
+        sharding.make_mesh(**config.mesh, devices=devices),
         batch_size=config.manager.batch_size,
         num_generations=options.num_generations,
+        hidden=config.manager.hidden,
     )

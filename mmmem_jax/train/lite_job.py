@@ -15,8 +15,10 @@ import dataclasses
 import functools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -28,7 +30,8 @@ from mmmem_jax.memory.types import MemoryConfig
 from mmmem_jax.models.text_encoder import cached_embeddings
 from mmmem_jax.models.weights import default_cache_dir, fetch_imagenet_classes, fetch_minilm
 from mmmem_jax.policies.manager import SCHEMA_CONTEXT, Manager
-from mmmem_jax.train import checkpoints, checks, text_job
+from mmmem_jax.train import checkpoints, checks, sharding, text_job
+from mmmem_jax.train.plan import Program
 
 LOG = logging.getLogger("mmmem_jax")
 # Test streams before this one were looked at while the config was chosen; those from 3000 to 3039
@@ -36,13 +39,15 @@ LOG = logging.getLogger("mmmem_jax")
 FIRST_STREAM = {"test": 2000}
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Checks all that the job, and then its evaluation, would stumble over late.
+
+    The mesh is of `devices`, by default of those that are there.
 
     Raises:
       UserError: naming the key and what it may be.
     """
-    checks.check_manager(config)
+    checks.check_manager(config, devices)
     with checks.naming("world"):
         LiteConfig(**config.world)
     checks.at_least(config, 1, *(f"streams.{split}" for split in SPLITS))
@@ -89,6 +94,27 @@ def make_manager(config: ConfigDict) -> Manager:
     weights = model.context.kernel[...]
     model.context.kernel[...] = weights.at[jnp.array(SCHEMA_CONTEXT)].set(0.0)
     return model
+
+
+def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
+    """The update of the manager for devices that need not be there; no stream is made.
+
+    Raises:
+      UserError: if the config cannot be.
+    """
+    check_config(config, devices)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    batch = encoded.shapes(
+        config.manager.batch_size,
+        num_chunks=config.world.num_clips,
+        num_questions=config.manager.num_questions,
+        num_evidence=lite_streams.MAX_EVIDENCE,
+        dim=config.dim,
+    )
+    task = text_job.text_task(text_job.TEMPERATURES[0], visuals=True)
+    model, memory = make_manager(config), memory_config(config, config.slots)
+    program = text_job.manager_program(config, mesh, model, memory, task)
+    return Program(mesh, *program, batch)
 
 
 def train(config: ConfigDict, workdir: Path) -> Manager:

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mmmem_jax.data import egolife, text_streams
+from mmmem_jax.data import egolife, encoded, text_streams
 from mmmem_jax.data.encoded import EncodedStream, to_items, to_questions
 from mmmem_jax.data.text_streams import TextSpace, TextStream
 from mmmem_jax.data.timed_text import SPLITS
@@ -32,6 +33,7 @@ from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.text_search import evidence_mass
 from mmmem_jax.sib import update as sib
 from mmmem_jax.train import checkpoints, checks, sharding
+from mmmem_jax.train.plan import Program
 from mmmem_jax.train.trainer import FitConfig, fit
 from mmmem_jax.train.world_job import manager_optimizer
 
@@ -115,13 +117,15 @@ def fit_space(config: ConfigDict, streams: list[TextStream]) -> TextSpace:
     return text_streams.fit_space(np.concatenate(train), config.dim)
 
 
-def check_training(config: ConfigDict) -> None:
+def check_training(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Checks what training, and then the evaluation, would stumble over late.
+
+    The mesh is of `devices`, by default of those that are there.
 
     Raises:
       UserError: naming the key and what it may be.
     """
-    checks.check_manager(config)
+    checks.check_manager(config, devices)
     checks.at_least(config, len(text_streams.FEATURES), "dim")
     checks.at_least(config, 1, "manager.num_rows", "manager.num_questions", "max_node_tokens")
     checks.at_least(config, 1, "questions_per_stream")
@@ -251,6 +255,37 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
     return learn(config, workdir, make_manager(config), make_loader, memory)
 
 
+def manager_program(
+    config: ConfigDict, mesh: Mesh, model: Manager, memory: MemoryConfig, task: Callable
+) -> tuple[sib.ManagerState, Callable]:
+    """The state before the first update, and the update on a mesh; see `learn`."""
+    optimizer, options = manager_optimizer(config), sib.SibConfig(**config.sib)
+    shard = sharding.make_shard(mesh)
+    update = sib.make_update(nnx.graphdef(model), task, optimizer, memory, options, shard=shard)
+    start = sib.init_state(model, optimizer, jax.random.key(config.seed))
+    return start, sharding.keep_placed(mesh, update)
+
+
+def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
+    """The update of the manager for devices that need not be there; no data is read.
+
+    Raises:
+      UserError: if the config cannot be.
+    """
+    check_training(config, devices)
+    mesh, section = sharding.make_mesh(**config.mesh, devices=devices), config.manager
+    memory = memory_config(config, section.num_rows, None)
+    batch = encoded.shapes(
+        section.batch_size,
+        num_chunks=section.num_rows,
+        num_questions=section.num_questions,
+        num_evidence=text_streams.MAX_EVIDENCE,
+        dim=config.dim,
+    )
+    task = text_task(TEMPERATURES[0])
+    return Program(mesh, *manager_program(config, mesh, make_manager(config), memory, task), batch)
+
+
 def learn(
     config: ConfigDict,
     workdir: Path,
@@ -273,29 +308,17 @@ def learn(
     Raises:
       UserError: if the mesh cannot be, or the workdir is another config's.
     """
-    section, options = config.manager, sib.SibConfig(**config.sib)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
-    sharding.check_divides(
-        mesh, batch_size=section.batch_size, num_generations=options.num_generations
-    )
+    section, mesh = config.manager, sharding.make_mesh(**config.mesh)
     batch = next(make_loader())
     temperature = calibrate_temperature(batch, visuals=visuals)
     LOG.info("retrieval temperature %.2f", temperature)
-    graphdef, _ = nnx.split(model)
-    optimizer = manager_optimizer(config)
-    update = sib.make_update(
-        graphdef,
-        text_task(temperature, visuals=visuals),
-        optimizer,
-        memory,
-        options,
-        shard=sharding.make_shard(mesh),
+    start, update = manager_program(
+        config, mesh, model, memory, text_task(temperature, visuals=visuals)
     )
-    start = sib.init_state(model, optimizer, jax.random.key(config.seed))
     checkpoints.claim_workdir(workdir, config.to_dict())
     final = fit(
         "manager",
-        sharding.replicate(mesh, start),
+        sharding.place(mesh, start),
         update,
         make_loader(),
         workdir=workdir,
@@ -305,11 +328,11 @@ def learn(
             section.log_every,
             section.save_every,
             shown=("task_reward", "reward", "compression", "share_add", "policy_entropy"),
-            decisions_per_step=options.num_generations * batch.valid.size,
+            decisions_per_step=config.sib.num_generations * batch.valid.size,
         ),
         put_batch=lambda batch: sharding.put_batch(mesh, batch),
     )
-    return nnx.merge(graphdef, final.params)
+    return nnx.merge(nnx.graphdef(model), final.params)
 
 
 def load_manager(config: ConfigDict, workdir: Path, step: int | None) -> tuple[Manager, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mmmem_jax.data import encoded, worlds
@@ -23,6 +25,7 @@ from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig
 from mmmem_jax.sib import update as sib
 from mmmem_jax.train import checkpoints, checks, reader_phase, sharding, state
+from mmmem_jax.train.plan import Program
 from mmmem_jax.train.trainer import FitConfig, fit
 
 LOG = logging.getLogger("mmmem_jax")
@@ -52,8 +55,10 @@ def retrieval_config(config: ConfigDict) -> RetrievalConfig:
     return RetrievalConfig(**options)
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Checks all that the job, and then its evaluation, would stumble over late.
+
+    The mesh is of `devices`, by default of those that are there.
 
     Raises:
       UserError: naming the key and what it may be.
@@ -77,7 +82,7 @@ def check_config(config: ConfigDict) -> None:
     if config.reader.num_unlimited >= config.reader.batch_size:
         raise UserError("config.reader.num_unlimited must be less than config.reader.batch_size")
     checks.at_least(config, 1, "reader.questions_per_stream", "manager.questions_per_stream")
-    checks.check_manager(config)
+    checks.check_manager(config, devices)
     checks.at_least(config, 1, "eval.batch_size")
     if min(config.eval.slots, default=1) < 1:
         raise UserError(f"config.eval.slots is {config.eval.slots}; a memory has a slot at least")
@@ -261,36 +266,50 @@ def manager_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+def manager_program(
+    config: ConfigDict, mesh: Mesh, model: Manager, reader: Reader
+) -> tuple[sib.ManagerState, Callable]:
+    """The state before the first update of the manager, and the update on a mesh."""
+    options, memory = sib.SibConfig(**config.sib), memory_config(config)
+    optimizer = manager_optimizer(config)
+    task = sib.reader_task(*nnx.split(reader), options.task, memory, retrieval_config(config))
+    shard = sharding.make_shard(mesh)
+    update = sib.make_update(nnx.graphdef(model), task, optimizer, memory, options, shard=shard)
+    start = sib.init_state(model, optimizer, _phase_key(config, "manager"))
+    return start, sharding.keep_placed(mesh, update)
+
+
+def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
+    """The update of the manager for devices that need not be there; no stream is made.
+
+    Raises:
+      UserError: if the config cannot be.
+    """
+    check_config(config, devices)
+    mesh, models = sharding.make_mesh(**config.mesh, devices=devices), make_models(config)
+    batch = encoded.shapes(
+        config.manager.batch_size,
+        num_chunks=config.world.num_chunks,
+        num_mentions=worlds.NUM_MENTIONS,
+        num_questions=config.manager.questions_per_stream,
+        num_options=worlds.NUM_OPTIONS,
+        num_evidence=worlds.MAX_EVIDENCE,
+        dim=config.dim,
+    )
+    return Program(mesh, *manager_program(config, mesh, models.manager, models.reader), batch)
+
+
 def train_manager(
     config: ConfigDict, workdir: Path, model: Manager, reader: Reader, train: EncodedStream
 ) -> Manager:
     """SIB-GRPO with the reader fixed."""
-    section, options = config.manager, sib.SibConfig(**config.sib)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.group)
-    sharding.check_divides(
-        mesh, batch_size=section.batch_size, num_generations=options.num_generations
-    )
-    graphdef, _ = nnx.split(model)
-    reader_graphdef, reader_params = nnx.split(reader)
-    optimizer = manager_optimizer(config)
-    update = sib.make_update(
-        graphdef,
-        sib.reader_task(
-            reader_graphdef,
-            reader_params,
-            options.task,
-            memory_config(config),
-            retrieval_config(config),
-        ),
-        optimizer,
-        memory_config(config),
-        options,
-        shard=sharding.make_shard(mesh),
-    )
-    decisions = section.batch_size * options.num_generations * config.world.num_chunks
+    section = config.manager
+    mesh = sharding.make_mesh(**config.mesh)
+    start, update = manager_program(config, mesh, model, reader)
+    decisions = section.batch_size * config.sib.num_generations * config.world.num_chunks
     final = fit(
         "manager",
-        sharding.replicate(mesh, sib.init_state(model, optimizer, _phase_key(config, "manager"))),
+        sharding.place(mesh, start),
         update,
         _stream_loader(config, section, train),
         workdir=workdir,
@@ -301,7 +320,7 @@ def train_manager(
         ),
         put_batch=lambda batch: sharding.put_batch(mesh, batch),
     )
-    return nnx.merge(graphdef, final.params)
+    return nnx.merge(nnx.graphdef(model), final.params)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

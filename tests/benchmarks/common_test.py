@@ -55,7 +55,7 @@ def claimed(folder, config):
 
 def test_a_full_result_takes_any_seed_and_mesh_of_the_default_config(tmp_path):
     config = common.make_config(full=True)
-    config.seed, config.mesh.data = 3, 2
+    config.seed, config.mesh.data, config.mesh.model = 3, 2, 2
     assert common.run_config(True, claimed(tmp_path, config)).seed == 3
 
 

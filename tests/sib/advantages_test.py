@@ -1,10 +1,15 @@
 """Advantages of credit units within their group."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmmem_jax.sib.advantages import STDS, advantages, returns_to_go
+from mmmem_jax.train.sharding import make_mesh
 
 REWARDS = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
 
@@ -19,6 +24,24 @@ def to_go(rewards, discount):
 
 def compute(rewards=REWARDS, credit="state", discount=0.7, std="off"):
     return advantages(jnp.asarray(rewards), credit=credit, discount=discount, std=std)
+
+
+@pytest.mark.parametrize("std", STDS)
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 8)])
+def test_a_group_split_over_devices_is_one_group(shape, std):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    rewards = np.random.default_rng(1).normal(size=(4, 8, 3)).astype(np.float32)
+    rewards[2] = 0.5  # a group without variance
+    split = jax.device_put(
+        rewards, NamedSharding(make_mesh(*shape), PartitionSpec("data", "group"))
+    )
+    together, apart = (
+        jax.jit(functools.partial(advantages, credit="step", discount=0.7, std=std))(x)
+        for x in (rewards, split)
+    )
+    assert len(apart.value.sharding.device_set) == 8
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), together, apart)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.7, 1.0])

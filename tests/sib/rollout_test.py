@@ -11,6 +11,7 @@ from mmmem_jax import memory
 from mmmem_jax.memory import MemoryConfig
 from mmmem_jax.sib.rollout import CREDITS, episodic_tokens, group_keys, pad_to_units, rollout
 from mmmem_jax.testing import toys
+from mmmem_jax.train.sharding import make_mesh, make_shard
 
 CONFIG = MemoryConfig(
     sensory_slots=2, episodic_slots=4, schema_slots=0, num_relations=0, num_prototypes=1, dim=8
@@ -40,17 +41,27 @@ def task_fn(states):
     return jnp.sum(states.episodic.valid * states.episodic.text[..., 0], -1) + states.clock / 10
 
 
-@functools.partial(jax.jit, static_argnames=("credit", "generations"))
-def run(stream, key, credit, generations=G):
+@functools.partial(jax.jit, static_argnames=("credit", "generations", "shard"))
+def run(stream, key, credit, generations=G, shard=lambda x: x):
     return rollout(
         None, key, items=stream, init_state=memory.init(CONFIG), decide_fn=decide_fn,
-        task_fn=task_fn, num_generations=generations, block_size=BLOCK, credit=credit,
+        task_fn=task_fn, num_generations=generations, block_size=BLOCK, credit=credit, shard=shard,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trajectories():
     return {c: jax.tree.map(np.asarray, run(items(), jax.random.key(0), c)) for c in CREDITS}
+
+
+def test_generations_go_on_from_the_first_one_on_whichever_device_it_is(trajectories):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = make_mesh(1, 4, 2)
+    split = run(items(), jax.random.key(0), "state", shard=make_shard(mesh))
+    assert {s.data.shape for s in split.action.addressable_shards} == {(B, G // 4, T)}
+    for name, x, y in zip(split._fields, trajectories["state"], split, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
 
 
 def first_of_units(context):

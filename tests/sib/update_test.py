@@ -1,5 +1,7 @@
 """A whole update on a toy task: keep the chunks that carry a mark."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig
 from mmmem_jax.sib.update import SibConfig, TaskFns, init_state, make_update, reader_task
 from mmmem_jax.testing import toys
-from mmmem_jax.train.sharding import make_mesh, make_shard, put_batch, replicate
+from mmmem_jax.train.sharding import keep_placed, make_mesh, make_shard, place, put_batch
 
 SLOTS, D, T, B = 4, 8, 16, 4
 CONFIG = MemoryConfig(
@@ -73,12 +75,14 @@ def marks_kept(batch) -> TaskFns:
     return TaskFns(reward, final, np.log(4))
 
 
-def start(config=SIB, make_task=marks_kept, rate=0.01, shard=lambda x: x):
-    """An untrained manager and the compiled update."""
+def start(config=SIB, make_task=marks_kept, rate=0.01, mesh=None):
+    """An untrained manager and the compiled update, on a mesh if there is one."""
     model, optimizer = Manager(D, hidden=16, rngs=nnx.Rngs(0)), optax.adam(rate)
-    graphdef = nnx.graphdef(model)
-    update = make_update(graphdef, make_task, optimizer, CONFIG, config, shard=shard)
-    return init_state(model, optimizer, jax.random.key(0)), jax.jit(update)
+    make = functools.partial(make_update, nnx.graphdef(model), make_task, optimizer, CONFIG, config)
+    state = init_state(model, optimizer, jax.random.key(0))
+    if mesh is None:
+        return state, jax.jit(make())
+    return place(mesh, state), jax.jit(keep_placed(mesh, make(shard=make_shard(mesh))))
 
 
 def same(a, b) -> bool:
@@ -262,17 +266,22 @@ def test_an_unknown_task_is_refused():
         reader_task(None, None, "bleu", CONFIG, RetrievalConfig())
 
 
-def test_eight_devices_equal_one(two_updates):
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+def test_any_mesh_makes_the_same_update(two_updates, shape):
+    """Groups over 2 and 4 devices, the manager over 2: means, spreads and gradients are as on 1."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    mesh = make_mesh(4, 2)
-    (_, _, state), (_, metrics), _ = two_updates
-    sharded_state, update = start(shard=make_shard(mesh))
-    sharded_state = replicate(mesh, sharded_state)
+    (_, _, whole), (_, metrics), _ = two_updates
+    mesh = make_mesh(*shape)
+    split, update = start(mesh=mesh)
+    where = jax.tree.map(lambda x: x.sharding, split)
     for seed in range(2):
-        sharded_state, sharded = update(sharded_state, put_batch(mesh, make_batch(seed)))
-    assert len(jax.tree.leaves(sharded_state.params)[0].sharding.device_set) == 8
-    for x, y in zip(*map(jax.tree.leaves, (state, sharded_state)), strict=True):
+        split, split_metrics = update(split, put_batch(mesh, make_batch(seed)))
+    assert update._cache_size() == 1
+    assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, split)) == jax.tree.leaves(where)
+    moment = split.opt_state[0].mu["mid"]["kernel"][...]
+    assert {x.data.shape for x in moment.addressable_shards} == {(16 // shape[2], 16)}
+    for x, y in zip(*map(jax.tree.leaves, (whole, split)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     for name in metrics:
-        np.testing.assert_allclose(metrics[name], sharded[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(metrics[name], split_metrics[name], atol=1e-4, err_msg=name)

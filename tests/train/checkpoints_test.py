@@ -103,3 +103,13 @@ def test_says_what_is_wrong_with_a_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="not JSON"):
         checkpoints.read_config(tmp_path)
+
+
+def test_a_run_from_before_meshes_had_a_model_axis_is_of_the_same_config(tmp_path):
+    older, newer = {"mesh": {"data": 2, "group": 1}}, {"mesh": {"data": 2, "group": 1, "model": 1}}
+    checkpoints.claim_workdir(tmp_path, older)
+    assert checkpoints.read_config(tmp_path) == newer
+    checkpoints.check_workdir(tmp_path, newer)
+    newer["mesh"]["model"] = 2
+    with pytest.raises(UserError, match="mesh.model: 1 there, 2 here"):
+        checkpoints.check_workdir(tmp_path, newer)

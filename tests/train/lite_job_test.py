@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,6 +51,18 @@ def test_a_manager_learns_and_ignores_the_entities_it_never_saw(config, workdir)
     before = (workdir / "metrics.jsonl").read_text()
     lite_job.run(config, workdir)  # finished: nothing more to do
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_plan_is_of_the_batches_trained_on(config, tmp_path, monkeypatch):
+    def first_batch(phase, state, update, loader, **options):
+        batches.append(next(loader))
+        return state
+
+    batches = []
+    monkeypatch.setattr(text_job, "fit", first_batch)
+    lite_job.run(config, tmp_path / "run")
+    planned = lite_job.plan_manager(config, jax.devices()).batch
+    assert [(x.shape, x.dtype) for x in batches[0]] == [(x.shape, x.dtype) for x in planned]
 
 
 def test_a_run_is_evaluated_and_exported(config, workdir, tmp_path):

@@ -71,6 +71,18 @@ def test_a_folder_is_trained_on_once(config, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_a_plan_is_of_the_batches_trained_on(config, tmp_path, monkeypatch):
+    def first_batch(phase, state, update, loader, **options):
+        batches.append(next(loader))
+        return state
+
+    batches = []
+    monkeypatch.setattr(text_job, "fit", first_batch)
+    text_job.run(config, tmp_path / "run")
+    planned = text_job.plan_manager(config, jax.devices()).batch
+    assert [(x.shape, x.dtype) for x in batches[0]] == [(x.shape, x.dtype) for x in planned]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -107,6 +107,7 @@ def test_says_which_checkpoint_is_missing(tiny_run, tmp_path):
         ("manager.batch_size", "4"),
         ("mesh.data", 0),
         ("mesh.group", 3),
+        ("mesh.model", 3),
         ("sib.num_generations", 1),
         ("sib.credit", "sate"),
         ("sib.std", "on"),
@@ -126,8 +127,24 @@ def test_a_value_that_cannot_be_is_named_before_anything_is_written(config, tmp_
     message = str(error.value)
     assert "\n" not in message
     assert "config." in message
-    assert name in message or key == "mesh.group"  # which names the group it does not divide
+    # These name what they do not divide.
+    assert name in message or key in ("mesh.group", "mesh.model")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_of_the_batches_trained_on(config, tmp_path, monkeypatch):
+    def first_batch(phase, state, update, loader, **options):
+        batches.append(next(loader))
+        return state
+
+    batches = []
+    monkeypatch.setattr(world_job, "fit", first_batch)
+    models = world_job.make_models(config)
+    made = world_job.make_streams(config, "train", config.manager.batch_size)
+    streams = world_job.encode_streams(models.eye, made, config.dim)
+    world_job.train_manager(config, tmp_path, models.manager, models.reader, streams)
+    planned = world_job.plan_manager(config, jax.devices()).batch
+    assert [(x.shape, x.dtype) for x in batches[0]] == [(x.shape, x.dtype) for x in planned]
 
 
 def test_the_default_configs_pass(config):
