@@ -127,6 +127,7 @@ spec:
               - action: FailJob # the node was taken away
                 onPodConditions:
                   - type: DisruptionTarget
+                    status: "True"
               - action: FailJob # launch/program.sh: preempted and saved
                 onExitCodes:
                   containerName: main

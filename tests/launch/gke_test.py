@@ -83,7 +83,7 @@ def test_a_preemption_starts_all_again_and_is_not_counted(machine):
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert job["backoffLimit"] == 0
     disruption, exit_code = job["podFailurePolicy"]["rules"]
-    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (container,) = _pod(manifest)["containers"]
     assert exit_code["onExitCodes"]["containerName"] == container["name"]
     assert exit_code["onExitCodes"]["values"] == [75]
