@@ -1,9 +1,12 @@
 """What holds for all launch scripts: help, and one line for whatever is missing."""
 
 import shutil
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCED = {"common.sh", "venv.sh"}
@@ -141,3 +144,21 @@ def test_names_the_tool_that_is_missing(machine, args, tool):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{args[0]}: {tool} is not on PATH: ")
+
+
+@pytest.mark.parametrize("extra", ["tpu", "cuda12", "cuda13"])
+def test_what_the_scripts_install_suits_the_pins(extra):
+    """`pip install -c requirements.txt jax[EXTRA]` finds versions that go together."""
+    python = {"python_version": "{}.{}".format(*sys.version_info)}
+    lines = (REPO / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = {pin.name: pin for pin in pins if pin.marker is None or pin.marker.evaluate(python)}
+    if pins["jax"].specifier != Requirement(f"jax=={metadata.version('jax')}").specifier:
+        pytest.skip("another jax than the pinned one is installed")
+    asked = [Requirement(line) for line in metadata.requires("jax")]
+    asked = [need for need in asked if need.marker and need.marker.evaluate({"extra": extra})]
+    assert {"jaxlib"} <= {need.name for need in asked}
+    for need in asked:
+        if need.name in pins:
+            (pin,) = pins[need.name].specifier
+            assert need.specifier.contains(pin.version), (str(need), str(pins[need.name]))
