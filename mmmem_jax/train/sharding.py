@@ -116,6 +116,11 @@ def place(mesh: Mesh, state, rules: Rules = RULES):
     return jax.device_put(state, by_rules(mesh, state, rules))
 
 
+def replicate(mesh: Mesh, tree):
+    """A tree on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def keep_placed(mesh: Mesh, update: Callable, rules: Rules = RULES) -> Callable:
     """An update (state, batch) -> (state, metrics) that leaves the state where the rules have it.
 

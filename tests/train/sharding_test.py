@@ -111,6 +111,9 @@ def test_arrays_lie_where_they_should(state):
     placed = names_of(sharding.place(mesh, state))
     for name, shape in (("params.mid.kernel", (8, 16)), ("params.out.kernel", (16, 3))):
         assert {s.data.shape for s in placed[name].addressable_shards} == {shape}
+    params = sharding.replicate(mesh, {"w": jnp.ones((3, 3))})
+    assert params["w"].sharding.is_fully_replicated
+    assert len(params["w"].addressable_shards) == 8
     shard = sharding.make_shard(mesh)
     rollouts = jax.jit(lambda x: shard(x + 1.0))(jnp.zeros((8, 4, 5)))
     assert {s.data.shape for s in rollouts.addressable_shards} == {(4, 2, 5)}
