@@ -92,13 +92,18 @@ parse_flags() {
   done
 }
 
-# add_config CONFIG: main_args begins with --config, and with a mesh of all devices where it names none.
-add_config() {
-  local flag mesh=--config.mesh.data=-1
+# add_defaults CONFIG WORKDIR: main_args begins with --config, a mesh of all devices, and a
+# compilation cache that outlives the machine, where it names none.
+add_defaults() {
+  local flag mesh=--config.mesh.data=-1 cache=--compilation_cache=${2%/}/compiled
   for flag in ${main_args[@]+"${main_args[@]}"}; do
-    [[ $flag != --config.mesh.data* ]] || mesh=''
+    case $flag in
+      --config.mesh.data*) mesh='' ;;
+      --compilation_cache*) cache='' ;;
+    esac
   done
-  main_args=("--config=$1" ${mesh:+"$mesh"} ${main_args[@]+"${main_args[@]}"})
+  main_args=("--config=$1" ${mesh:+"$mesh"} ${cache:+"$cache"}
+    ${main_args[@]+"${main_args[@]}"})
 }
 
 # absolute VARIABLE: makes the folder it names independent of where the script runs.

@@ -88,7 +88,7 @@ manifest() {
   local argument values="$namespace$queue$image$accelerator$service_account$workdir$config"
   [[ $values${main_args[*]-} != *[[:cntrl:]]* ]] ||
     fail 'no value may hold a line break or another control character'
-  add_config "$config"
+  add_defaults "$config" "$workdir"
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -81,7 +81,7 @@ submit() {
       return
     fi
   fi
-  add_config "$config"
+  add_defaults "$config" "$workdir"
   run mkdir -p -- runs/logs
   # TERM goes to the processes of srun, not to the script: they save and end before the limit.
   run sbatch --job-name="$name" --chdir="$PWD" --nodes="$nodes" --ntasks-per-node="$gpus_per_node" \

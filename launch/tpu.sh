@@ -97,7 +97,7 @@ check_program() {
     [[ $value != *'||'* && $value != *$'\n'* ]] ||
       fail "no value may hold || or a line break: $value"
   done
-  add_config "$config"
+  add_defaults "$config" "$workdir"
 }
 
 # tpus GROUP VERB ARGUMENT...: a gcloud command about this TPU.

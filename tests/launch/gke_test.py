@@ -54,7 +54,8 @@ def test_one_pod_for_each_host_of_the_slice(machine, topology, more, hosts, chip
     (container,) = pod["containers"]
     alone = [{"name": "JAX_NUM_PROCESSES", "value": "1"}]
     assert container.get("env") == (alone if hosts == 1 else None)
-    assert container["args"][-2:] == ["--config=configs/sib_grpo.py", "--config.mesh.data=-1"]
+    mesh, cache = "--config.mesh.data=-1", "--compilation_cache=gs://b/run/compiled"
+    assert container["args"][-3:] == ["--config=configs/sib_grpo.py", mesh, cache]
     resources = container["resources"]
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": chips}
     assert pod["nodeSelector"] == {
@@ -116,7 +117,7 @@ HOSTILE = [
 
 def test_the_container_gets_every_argument_to_the_letter(machine):
     workdir = 'gs://b/it\'s: "$(x)" - no'
-    flags = ["--config.mesh.data=8", *HOSTILE]
+    flags = ["--config.mesh.data=8", "--compilation_cache=/tmp/x", *HOSTILE]
     manifest = _manifest(machine, *SLICE, f"--workdir={workdir}", "--", *flags)
     (container,) = _pod(manifest)["containers"]
     assert container["command"] == ["bash", "launch/program.sh"]

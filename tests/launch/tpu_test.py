@@ -118,8 +118,8 @@ def test_what_workers_are_told_survives_their_shell(cloud):
     (remote,) = [arg for arg in ssh if arg.startswith("--command=")]
     cloud.run("bash", "-c", remote.removeprefix("--command="))
     code = ["https://example.com/r.git", "main"]
-    config = ["--config=configs/sib_grpo.py", "--config.mesh.data=-1"]
-    words = ["run", *code, workdir, *config, *flags]
+    mesh, cache = "--config.mesh.data=-1", f"--compilation_cache={workdir}/compiled"
+    words = ["run", *code, workdir, "--config=configs/sib_grpo.py", mesh, cache, *flags]
     assert cloud.calls() == [["sudo", "bash", "mmmem_startup.sh", *words]]
     assert not (cloud.clone / "pwned").exists()
 
