@@ -56,7 +56,10 @@ def raw_scores(query: Float[Array, "B D"], bank: Bank) -> Float[Array, "B N"]:
 
 def scores(query: Float[Array, "B D"], bank: Bank, inverse_temperature) -> Float[Array, "B N"]:
     """Logits, -inf where the mask says so."""
-    s = raw_scores(query, bank) * inverse_temperature
+    if bank.keys.dtype == jnp.float32:  # not rounded, so that the query may be scaled, in less time
+        s = raw_scores(query * inverse_temperature, bank)
+    else:
+        s = raw_scores(query, bank) * inverse_temperature
     return s if bank.mask is None else jnp.where(bank.mask, s, -jnp.inf)
 
 
@@ -99,14 +102,13 @@ def summary(query: jax.Array, bank: Bank, inverse_temperature, top_k: int) -> pa
         part = bank.part(start, size)
         s = scores(query, part, inverse_temperature)
         s = s if new is None else jnp.where(new, s, -jnp.inf)
-        m, mass, t = parts.triple(s)
-        top, indices = parts.top_k(s, top_k)
-        indices = jnp.where(indices < 0, -1, indices + start)
-        read = s[:, :0]
+        here = parts.summarise(s, top_k)
+        place = here.top_indices
+        here = here._replace(top_indices=jnp.where(place < 0, -1, place + start))
         if part.values is not None:
-            p = jnp.exp(parts.shift(s, m[:, None]))
+            p = jnp.exp(parts.shift(s, here.m[:, None]))
             read = _dot("bn,nv->bv", p, _without_nan(part).values.astype(jnp.float32))
-        here = parts.Partial(m, mass, t, top, indices, read)
+            here = here._replace(read=read)
         return here if carry is None else parts.merge(carry, here)
 
     return _over_parts(bank, len(query), add)
@@ -152,11 +154,11 @@ def _part_tangents(query, part: Bank, inverse_temperature, outputs, new, directi
     some = jnp.isfinite(log_z)[:, None]
     valid = some if part.mask is None else some & part.mask
     valid = valid if new is None else valid & new
-    raw = jnp.where(valid, raw_scores(query, part), 0.0)
-    log_p = raw * inverse_temperature - jnp.where(some, log_z[:, None], 0.0)
-    p = jnp.where(valid, jnp.exp(jnp.where(valid, log_p, 0.0)), 0.0)
+    s = jnp.where(valid, scores(query, part, inverse_temperature), 0.0)
+    log_p = jnp.where(valid, s - log_z[:, None], 0.0)
+    p = jnp.where(valid, jnp.exp(log_p), 0.0)
 
-    d_raw = jnp.zeros_like(raw)
+    d_raw = jnp.zeros_like(s)
     if d_query is not None:
         d_raw += _dot(subscripts, d_query.astype(jnp.float32), part.keys.astype(jnp.float32))
     if d_part.keys is not None:
@@ -165,7 +167,7 @@ def _part_tangents(query, part: Bank, inverse_temperature, outputs, new, directi
     if d_part.scales is not None:
         d_raw += raw_scores(query, part._replace(scales=None)) * d_part.scales
     ds = d_raw * inverse_temperature
-    ds = ds if d_inverse is None else ds + raw * d_inverse
+    ds = ds if d_inverse is None else ds + s / inverse_temperature * d_inverse
     ds = jnp.where(valid, ds, 0.0)
 
     d_p = p * ds

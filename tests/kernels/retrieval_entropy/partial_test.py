@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,21 @@ def test_top_k_of_long_rows_is_that_of_a_stable_sort(size, k):
     np.testing.assert_array_equal(values, np.pad(wanted, pad, constant_values=-np.inf))
     order = np.where(np.isneginf(wanted), -1, order)
     np.testing.assert_array_equal(indices, np.pad(order, pad, constant_values=-1))
+
+
+@pytest.mark.parametrize(("size", "k"), [(5, 32), (400, 30), (2047, 30), (2048, 1), (1800, 30)])
+def test_tile_by_tile_is_at_once(size, k, monkeypatch):
+    monkeypatch.setattr(partial, "TILE", 600)  # two rows of 256 columns
+    scores = np.random.default_rng(size).integers(0, 50, (2, size)).astype(np.float32)  # many ties
+    scores[1, : size - 3] = -np.inf
+    tiled, at_once = (
+        jax.jit(functools.partial(f, k=k))(scores)
+        for f in (partial._tile_by_tile, partial._at_once)
+    )
+    np.testing.assert_array_equal(tiled.top_values, at_once.top_values)
+    np.testing.assert_array_equal(tiled.top_indices, at_once.top_indices)
+    for x, y in zip(partial.finish(tiled)[:2], partial.finish(at_once)[:2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 @jax.jit
