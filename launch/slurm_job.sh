@@ -32,8 +32,9 @@ code=0
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
   "$python" -m mmmem_jax.main --workdir="$workdir" "$@" || code=$?
 ((code)) || end_run "$python" "$workdir" || code=$?
-if ((code == 75 || code == 143)); then # 143: SIGTERM came before there was a step to save
+# 143: SIGTERM came before there was a step to save.
+((code == 75 || code == 143)) || exit "$code"
+# Of a job that was cancelled, which gets SIGTERM too, Slurm says COMPLETING.
+if [[ $(squeue --jobs="$SLURM_JOB_ID" --noheader --format=%T) == RUNNING ]]; then
   scontrol requeue "$SLURM_JOB_ID"
-  code=0
 fi
-exit "$code"

@@ -88,12 +88,15 @@ class TestSlurmJob:
     def cluster(self, program):
         program.command("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
         program.command("scontrol")
+        program.command("squeue", 'echo "$JOB_STATE"')
         return program
 
-    def _job(self, cluster, do, **env):
+    def _job(self, cluster, do, state="RUNNING", **env):
         workdir = cluster.state / "a run"
         args = ("python", workdir, "--config=x.py", "--config.a=b c")
-        return cluster.launch("slurm_job.sh", *args, DO=do, SLURM_JOB_ID="7", **env)
+        return cluster.launch(
+            "slurm_job.sh", *args, DO=do, JOB_STATE=state, SLURM_JOB_ID="7", **env
+        )
 
     def test_trains_once_where_nothing_happens(self, cluster):
         done = self._job(cluster, "exit 0", SLURM_CPUS_PER_TASK="12")
@@ -115,6 +118,11 @@ class TestSlurmJob:
         done = self._job(cluster, "kill -TERM $$")
         assert done.returncode == 0, done.stderr
         assert cluster.calls("scontrol") == [["scontrol", "requeue", "7"]]
+
+    def test_is_not_queued_again_when_cancelled(self, cluster):
+        done = self._job(cluster, PREEMPTED, state="COMPLETING")
+        assert done.returncode == 0, done.stderr
+        assert cluster.calls("scontrol") == []
 
     def test_is_not_queued_again_after_an_error(self, cluster):
         done = self._job(cluster, "exit 1")
