@@ -42,9 +42,14 @@ def test_after_the_time_given_no_size_is_begun(tiny, monkeypatch):
 def test_the_choice_reads_the_table_written(tiny, monkeypatch):
     row = {"queries": 1, "keys": 4096, "dim": 128, "top_k": 5, "dtype": "bfloat16"}
     row["microseconds"] = {"xla": 2.0, "mosaic_gpu": 1.0}
-    kernel.write_table({"versions": {}, "date": "today", "rows": [row]})
+    other = {"device": "another", "keys": 7}
+    kernel.TABLE.write_text(json.dumps({"devices": {"another": {}}, "rows": [other]}))
+    for _ in range(2):  # the second time in place of the first
+        kernel.write_table({"versions": {}, "date": "today", "rows": [row]})
     table = json.loads(kernel.TABLE.read_text())
-    monkeypatch.setattr(api, "measurements", lambda: table["rows"])
+    assert set(table["devices"]) == {"another", jax.devices()[0].device_kind}
+    assert [r["keys"] for r in table["rows"]] == [7, 4096]
+    monkeypatch.setattr(api, "measurements", lambda: table["rows"][1:])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "runs_here", lambda: True)
     bank = xla.Bank(jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
