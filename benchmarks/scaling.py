@@ -38,11 +38,12 @@ def train(config, streams, mesh):
     """The manager's parameters on the host, before any update and after the last."""
     models = world_job.make_models(config)
     start, update = world_job.manager_program(config, mesh, models.manager, models.reader)
+    before = jax.device_get(start.params)
     state, update = sharding.place(mesh, start), jax.jit(update, donate_argnums=0)
     loader = world_job._stream_loader(config, config.manager, streams)
     for _ in range(config.manager.num_steps):
         state, _ = update(state, sharding.put_batch(mesh, next(loader)))
-    return jax.tree.map(np.asarray, (start.params, state.params))
+    return before, jax.device_get(state.params)
 
 
 def farthest(a, b) -> float:

@@ -25,6 +25,13 @@ from mmmem_jax.train import sharding
 # v5e, v6e; each of their devices is a chip.
 HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 EXAMPLES = ("v5e:4x8", "v5e:16x16", "v5p:2x2x1", "v5p:8x8x4", "v6e:2x4", "v6e:16x16")
+# What libtpu would else ask of a metadata server or complain of: no machine, no other process.
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
     "ragged-all-to-all", "reduce-scatter",
@@ -70,8 +77,8 @@ def topology_devices(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, which compiles for TPUs, is missing: pip install 'mmmem_jax[aot]'")
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not looked for, nor taken
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a metadata server asked where it is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is it in the way who has it
+    for key, value in ALONE.items():
+        os.environ.setdefault(key, value)
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
