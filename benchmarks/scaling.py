@@ -128,12 +128,12 @@ def compile_for(config, topology: str) -> dict:
 def measure(full: bool, workdir: Path) -> dict:
     """Both parts; without `full` a few updates on two meshes, and one topology."""
     del workdir
-    jax.config.update("jax_num_cpu_devices", 8)
     config, toy = common.make_config(full=True), common.make_config(full=False)
     meshes, topologies = MESHES, TOPOLOGIES
     if not full:
         meshes, topologies = (MESHES[0], MESHES[-1]), {"v5p:2x2x2": (2, 2, 2)}
     plan.topology_devices(next(iter(topologies)))  # says at once if libtpu is missing
+    jax.config.update("jax_num_cpu_devices", 8)
     toy.manager.update({"batch_size": 8, "num_steps": NUM_UPDATES if full else 2})
     toy.sib.num_generations = 8
     agreed = agreement(toy, meshes)

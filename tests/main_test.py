@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import sib_grpo
+from mmmem_jax import main
 from mmmem_jax.sib import update as sib
-from mmmem_jax.train import checkpoints, world_job
+from mmmem_jax.train import checkpoints, plan, world_job
 from mmmem_jax.train.metrics import TIMINGS, read_metrics
 from tests.conftest import REPO, TINY, TINY_CONFIG, run_module
 
@@ -115,6 +118,9 @@ def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
         (["--workdir=runs/x", "--config=configs/sib_grpo.py:smok"], "smoke"),
         (["--workdir=runs/x", "--config.job=wrld"], "it must be one of world, text"),
         (["--workdir=runs/x", "runs/y"], "unexpected argument"),
+        (["--workdir=runs/x", "--topology=v5p:8x8x4"], "add --compile_only"),
+        (["--compile_only", "--topology=v5q:8x8"], "unknown topology 'v5q:8x8'; some that are"),
+        (["--compile_only", "--config.mesh.group=99"], "asks for 1 x 99 x 1 devices"),
         (["--workdir=runs/x", "--config=configs/timed_text.py"], "config.data_dir is empty"),
         (["--workdir=runs/x", "--config.sib.credit=sate"], "config.sib.credit is 'sate'"),
     ],
@@ -128,8 +134,43 @@ def test_a_mistake_is_one_line(options, says):
     assert not (REPO / "runs" / "x").exists()
 
 
+def test_a_config_is_planned_without_a_workdir():
+    config = ["--config=configs/egolife.py:smoke", "--config.manager.num_rows=8"]
+    done = run_module("mmmem_jax.main", *config, "--config.sib.inner_epochs=1", "--compile_only")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 of 1 cpu: mesh data 1 x group 1 x model 1\n")
+    assert ": fits\n" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_says_if_it_fits(monkeypatch, fits, code):
+    for name, value in (("CONFIG", sib_grpo.get_config("smoke")), ("COMPILE_ONLY", True)):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    for name in ("WORKDIR", "TOPOLOGY", "COMPILATION_CACHE"):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=None))
+    monkeypatch.setattr(main.flags, "log_plainly", lambda: None)
+    monkeypatch.setattr(plan, "report", lambda plan_fn, config, topology: fits)
+    assert main.main([]) == code
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "found"),
+    [("mine", None, "mine"), ("mine", "jax", "mine"), (None, "jax", "jax"), (None, None, "xla")],
+)
+def test_what_is_compiled_is_kept_where_it_was_asked_to(monkeypatch, tmp_path, asked, told, found):
+    monkeypatch.setenv("MMMEM_CACHE", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", told and str(tmp_path / told))
+        main.set_compilation_cache(asked and str(tmp_path / asked))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / found)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_help_explains_itself():
     done = run_module("mmmem_jax.main", "--help")
     assert done.returncode == 0
-    for word in ("--workdir", "--config", "sib_grpo.py:smoke", "resumes"):
+    for word in ("--workdir", "--config", "sib_grpo.py:smoke", "resumes", "--compile_only"):
         assert word in done.stdout
