@@ -11,12 +11,13 @@ bandwidth (bytes read plus written), its products at the measured matrix rate.
 writes it (matrix product, log-softmax, top_k); `faiss_ratio` is FAISS flat plus NumPy entropy over
 ours, the least of all rows. --table writes this device's rows of the package's measurements, which
 the automatic choice reads; --full saves the result. Needs JAX and NumPy alone; PyTorch and FAISS
-are measured where installed. A CPU of two cores takes 8 minutes.
+are measured where installed. On a CPU no size is begun after 400 s, unless --seconds says so.
 """
 
 import argparse
 import concurrent.futures
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -39,7 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TABLE = Path(api.__file__).with_name("measurements.json")
 TEMPERATURE = 0.05
 SIZES = {
-    "small": ((1_000_000, 100_000, 10_000), (1024, 384), (1, 8, 64), (5, 32)),
+    "small": ((10_000, 100_000, 1_000_000), (384, 1024), (1, 8, 64), (5, 32)),
     "all": ((1_000_000, 100_000, 10_000, 4_000_000), (1024, 384), (1, 8, 64, 512), (5, 32)),
 }
 MAX_PLAIN_SCORES = 1 << 29  # the plain way keeps and sorts them all
@@ -162,6 +163,13 @@ def programs(query, keys, top_ks, names) -> dict:
         return dict(pool.map(build, jobs))
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, not measured"
+
+
 def difference(a, b) -> dict:
     """How far two results are apart: log_z, entropy and values; and how many indices agree."""
     a, b = ([np.asarray(x) for x in out] for out in (a, b))
@@ -277,8 +285,12 @@ def measure(args: argparse.Namespace) -> dict:
     faiss = [theirs["faiss_and_numpy"] / us for us, theirs in ours if "faiss_and_numpy" in theirs]
     largest = max((r["bytes"] for r in rows), default=None)
     shares = [r["share_of_copy_bandwidth"] for r in rows if r["bytes"] == largest]
+    banks = {(n, dim) for n in SIZES["all"][0] for dim in SIZES["all"][1]}
+    unmeasured = sorted(banks - {(r["keys"], r["dim"]) for r in rows})
     return {
         "load_average": os.getloadavg()[0],  # a busy machine's times say little
+        "compared_with": {name: version(name) for name in ("faiss-cpu", "torch")},
+        "unmeasured": [f"{n} keys of {dim}" for n, dim in unmeasured],
         **limit,
         "share_of_copy_bandwidth": max(shares, default=None),
         "slower_than_xla": sum(us > 1.03 * theirs.get("naive", us) for us, theirs in ours),
@@ -304,7 +316,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", choices=SIZES, default="all" if gpu else "small")
-    parser.add_argument("--seconds", type=float, default=1e9, help="measure no size after this")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9 if gpu else 400, help="begin no size after this"
+    )
     parser.add_argument("--compile_torch", action="store_true", help="and PyTorch compiled")
     parser.add_argument("--table", action="store_true", help="write the package's measurements")
     parser.add_argument("--full", action="store_true", help="save to results/kernel_BACKEND.json")

@@ -32,6 +32,7 @@ def test_every_size_is_a_row_and_what_others_take_is_beside_it(tiny):
         assert row["bytes"] == row["keys"] * 16 * 4
         assert row["fastest"] == "xla"
     assert 0 <= result["slower_than_xla"] <= 4
+    assert "4000000 keys of 1024" in result["unmeasured"]
 
 
 def test_after_the_time_given_no_size_is_begun(tiny, monkeypatch):
