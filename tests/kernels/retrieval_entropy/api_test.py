@@ -40,6 +40,7 @@ class TestValues:
     def test_a_mask_of_each_query_over_a_shared_bank(self, call):
         query, keys, _ = oracle.bank(1, 3, 100, 8)
         mask = np.random.default_rng(1).random((3, 100)) < 0.5
+        mask[1] = False
         wanted = oracle.retrieval_entropy(query, keys, mask, temperature=1.0, top_k=9)
         check(call(query, keys, mask, temperature=1.0, top_k=9), wanted)
 
@@ -79,15 +80,8 @@ class TestEdges:
     def test_nan_in_masked_slots_stays_there(self, call):
         query, keys, mask = oracle.bank(6, 2, 130, 4)
         bad = np.where(mask[:, None], keys, np.nan)
-
-        def loss(query, keys):
-            log_z, entropy, top, _ = call(query, keys, mask, temperature=1.0, top_k=3)
-            return jnp.sum(log_z + entropy + top.sum(-1))
-
         wanted = oracle.retrieval_entropy(query, keys, mask, temperature=1.0, top_k=3)
         check(call(query, bad, mask, temperature=1.0, top_k=3), wanted)
-        for grad in jax.jit(jax.grad(loss, argnums=(0, 1)))(query, bad):
-            assert np.isfinite(grad).all()
 
     def test_of_equal_scores_the_lowest_index_first(self, call):
         keys = np.zeros((150, 4), np.float32)
@@ -120,7 +114,9 @@ class TestEdges:
 
 
 class TestGradients:
-    def test_of_entropy_and_log_z_are_the_analytic_ones(self, call):
+    """The whole of them is in derivatives_test.py."""
+
+    def test_of_entropy_and_log_z_are_the_analytic_ones(self):
         query, keys, mask = oracle.bank(7, 2, 150, 6)
         s = oracle.scores(query, keys, mask, 0.5)
         p = oracle.softmax(s)
@@ -131,72 +127,13 @@ class TestGradients:
 
             def loss(query, keys, output=output):
                 return jnp.sum(
-                    weights[:, 0] * call(query, keys, mask, temperature=0.5, top_k=2)[output]
+                    weights[:, 0] * jitted(query, keys, mask, temperature=0.5, top_k=2)[output]
                 )
 
             d_query, d_keys = jax.jit(jax.grad(loss, argnums=(0, 1)))(query, keys)
             ds = weights * ds / 0.5
             np.testing.assert_allclose(d_query, ds @ keys.astype(float), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(d_keys, ds.T @ query.astype(float), rtol=1e-4, atol=1e-5)
-
-    def test_agree_with_float64_differences(self, call):
-        query, keys, mask = oracle.bank(8, 2, 80, 4)
-        rng = np.random.default_rng(8)
-        a, b, c = rng.normal(size=2), rng.normal(size=2), rng.normal(size=(2, 3))
-
-        def exact(query, keys, temperature):
-            out = oracle.retrieval_entropy(query, keys, mask, temperature=temperature, top_k=3)
-            return (a * out[0]).sum() + (b * out[1]).sum() + (c * out[2]).sum()
-
-        def loss(query, keys, temperature):
-            out = call(query, keys, mask, temperature=temperature, top_k=3)
-            return jnp.sum(a * out[0]) + jnp.sum(b * out[1]) + jnp.sum(c * out[2])
-
-        point = (query.astype(float), keys.astype(float), np.array(0.8))
-        step = [rng.normal(size=x.shape) for x in point]
-        ahead, back = (
-            exact(*(x + h * d for x, d in zip(point, step, strict=True))) for h in (1e-6, -1e-6)
-        )
-        grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, keys, 0.8)
-        slope = sum((np.asarray(g, float) * d).sum() for g, d in zip(grads, step, strict=True))
-        np.testing.assert_allclose(slope, (ahead - back) / 2e-6, rtol=1e-4)
-
-    @pytest.mark.parametrize("own", [False, True])
-    def test_of_a_bank_in_parts_are_those_of_the_oracle(self, own, monkeypatch):
-        query, keys, mask = oracle.bank(9, 2, 150, 6, own=own)
-        values = None if own else np.random.default_rng(9).normal(size=(150, 3)).astype(np.float32)
-
-        def grads(implementation):
-            def loss(query, keys, values):
-                out = retrieval_entropy(
-                    query, keys, mask, temperature=0.5, top_k=3, values=values,
-                    implementation=implementation,
-                )  # fmt: skip
-                return sum(jnp.sum(jnp.sin(x)) for x in out if x.dtype == jnp.float32)
-
-            argnums = (0, 1) if own else (0, 1, 2)
-            return jax.jit(jax.grad(loss, argnums=argnums))(query, keys, values)
-
-        wanted = grads("reference")
-        monkeypatch.setattr(xla, "MAX_SCORES", 64)
-        for got, want in zip(grads("xla"), wanted, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-    def test_reach_the_scales_of_an_int8_bank(self):
-        rng = np.random.default_rng(10)
-        keys = rng.integers(-127, 128, (50, 8), np.int8)
-        scales = rng.random(50).astype(np.float32) / 127
-        query = np.asarray(jnp.asarray(rng.normal(size=(2, 8)), jnp.bfloat16), np.float32)
-
-        @functools.partial(jax.jit, static_argnums=1)
-        def loss(scales, implementation):
-            out = retrieval_entropy(
-                query, keys, scales=scales, temperature=1.0, top_k=3, implementation=implementation
-            )
-            return jnp.sum(out[0] - out[1]) + jnp.sum(out[2])
-
-        grads = [jax.grad(loss)(scales, name) for name in ("xla", "reference")]
-        np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-4)
 
 
 class TestTransformations:

@@ -20,7 +20,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("data", "group"), axis_types=(AxisType.Auto,) * 2)
 
 
-@pytest.fixture(params=["reference", "xla", "xla in parts", "pallas_tpu", "sharded", "parts of it"])
+@pytest.fixture(params=["reference", "xla", "xla in parts", "pallas_tpu", "sharded in parts"])
 def function(request, monkeypatch, mesh):
     """`retrieval_entropy` by each implementation; parts are of 64 scores, or of 10 per device."""
     name = request.param
@@ -29,7 +29,7 @@ def function(request, monkeypatch, mesh):
     if name == "pallas_tpu":
         summary = functools.partial(pallas_tpu.summary, interpret=True)
         monkeypatch.setattr(pallas_tpu, "summary", summary)
-    if name in ("sharded", "parts of it"):
+    if name == "sharded in parts":
         return functools.partial(sharded.retrieval_entropy, mesh=mesh, axis=("data", "group"))
     return functools.partial(retrieval_entropy, implementation=name.split()[0])
 

@@ -70,6 +70,31 @@ def test_whole_result_agrees_with_float64(run, top_k):
     np.testing.assert_array_equal(got[3], wanted[3])
 
 
+def test_no_valid_slot(run):
+    query, keys, mask = bank(2, 512, 64, True)
+    with run():
+        out = retrieval_entropy(
+            query, keys, jnp.zeros_like(mask), temperature=2.0, top_k=3, implementation="mosaic_gpu"
+        )
+    for value, wanted in zip(out, (-np.inf, 0.0, -np.inf, -1), strict=True):
+        np.testing.assert_array_equal(value, np.full_like(value, wanted))
+
+
+def test_logits_of_ten_thousand(run):
+    keys = np.zeros((512, 64), np.float32)
+    keys[[3, 400], 0], keys[[4, 401], 0] = 1.0, -1.0
+    query = np.eye(64, dtype=np.float32)[:1]
+    with run():
+        log_z, entropy, top, indices = retrieval_entropy(
+            jnp.asarray(query, jnp.bfloat16), jnp.asarray(keys, jnp.bfloat16),
+            temperature=1e-4, top_k=3, implementation="mosaic_gpu",
+        )  # fmt: skip
+    np.testing.assert_allclose(log_z, 1e4 + np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(entropy, np.log(2), rtol=1e-6)
+    np.testing.assert_array_equal(indices, [[3, 400, 0]])
+    np.testing.assert_allclose(top, [[1e4, 1e4, 0.0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("num_queries", "num_keys", "dim"), [(1, 10_000, 1024), (100, 4096, 192)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_lowers_for_cuda_anywhere(num_queries, num_keys, dim, masked):

@@ -20,7 +20,7 @@ def mesh():
 def test_equals_one_device(mesh, axis):
     query, keys, mask = oracle.bank(0, 3, 160, 6)
     keys[100] = keys[np.flatnonzero(mask)[0]]  # a tie over two devices
-    mask[100], mask[:20] = True, False
+    mask[100], mask[:40] = True, False  # a whole device's rows
     values = np.random.default_rng(0).normal(size=(160, 4)).astype(np.float32)
     over_mesh = functools.partial(sharded.retrieval_entropy, mesh=mesh, axis=axis)
 
