@@ -48,7 +48,9 @@ def retrieval_entropy(
       top_k: K, at least 1; may exceed N.
       scales: float32 [N], what each row of an int8 bank is multiplied by.
       values: float [N, V] to read out, with a shared bank.
-      implementation: None takes what was measured to be the fastest (`choose`).
+      implementation: None takes what was measured to be the fastest (`choose`). "xla" takes any
+        bank; "pallas_tpu" a shared one without values or a mask per query; "mosaic_gpu" of these
+        bfloat16 ones of some sizes.
 
     Returns:
       log_z float32 [B], entropy float32 [B], top_values float32 [B, K] falling, top_indices int32
@@ -182,16 +184,19 @@ def summary(top_k: int, implementation: str, query, bank: xla.Bank, inverse) -> 
     by_xla = functools.partial(xla.summary, top_k=top_k)
     if implementation == "xla":
         return by_xla(query, bank, inverse)
-    if implementation == "pallas_tpu":
-        return _module(implementation).summary(query, bank, inverse, top_k)
     kernel = custom_batching.custom_vmap(
         functools.partial(_module(implementation).summary, top_k=top_k)
     )
 
     @kernel.def_vmap
-    def _(axis_size, in_batched, *args):  # the kernel has no batching rule
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-        out = jax.vmap(by_xla, in_axes=axes, axis_size=axis_size)(*args)
+    def _(axis_size, in_batched, query, bank, inverse):
+        if any(jax.tree.leaves(in_batched[1:])):
+            axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+            out = jax.vmap(by_xla, in_axes=axes, axis_size=axis_size)(query, bank, inverse)
+        else:  # more queries of the same bank, which is still read once
+            shape = query.shape[:2]
+            out = kernel(query.reshape(-1, query.shape[-1]), bank, inverse)
+            out = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
     return kernel(query, bank, inverse)

@@ -114,13 +114,13 @@ def test_block_size_shares_the_work_of_132_processors(num_keys, wanted):
     assert mosaic_gpu.block_size(num_keys, 132) == wanted
 
 
-def test_under_vmap_xla_takes_over():
+def test_under_vmap_over_banks_xla_takes_over():
     query, keys, mask = bank(2, 1024, 64, True)
     call = functools.partial(retrieval_entropy, temperature=2.0, top_k=5)
-    many = jax.vmap(functools.partial(call, implementation="mosaic_gpu"), in_axes=(0, None, None))(
-        jnp.stack([query, 2 * query]), keys, jnp.asarray(mask)
+    many = jax.vmap(functools.partial(call, implementation="mosaic_gpu"), in_axes=(None, 0, None))(
+        query, jnp.stack([keys, 2 * keys]), jnp.asarray(mask)
     )
     for i, scale in enumerate((1, 2)):
-        one = call(scale * query, keys, jnp.asarray(mask), implementation="xla")
+        one = call(query, scale * keys, jnp.asarray(mask), implementation="xla")
         for a, b in zip(many, one, strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)

@@ -82,6 +82,21 @@ def test_the_bank_is_read_once_and_never_copied(name, dtype, most):
     assert size < program.cost_analysis()["bytes accessed"] < most * size
 
 
+def test_vmap_over_queries_reads_the_bank_once_too():
+    array = functools.partial(
+        jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices("v5e:2x2")[0])
+    )
+
+    def call(query, keys):
+        return retrieval_entropy(
+            query, keys, temperature=0.1, top_k=1, implementation="pallas_tpu"
+        )[:2]
+
+    keys = array((1_000_000, 1024), jnp.bfloat16)
+    program = jax.jit(jax.vmap(call, (0, None))).lower(array((3, 2, 1024), jnp.float32), keys)
+    assert program.compile().cost_analysis()["bytes accessed"] < 1.1 * keys.size * 2
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 def test_any_size_compiles(dtype):
     for num_queries, num_keys, dim in ((1, 1, 3), (130, 4099, 100)):
