@@ -75,9 +75,10 @@ def faiss_flat(query, keys, index, *, top_k: int):
     return log_z, log_z - (p * scores).sum(-1) / mass, *top
 
 
-def medians_us(calls: dict, wait, *, batch_seconds: float = 0.03, repeats: int = 7) -> dict:
-    """Median microseconds of each call, over `repeats` batches of about `batch_seconds`, in turn:
-    what slows the machine for a while slows them all. Three batches are enough of what takes long.
+def medians_us(calls: dict, wait, *, batch_seconds: float = 0.03, repeats: int = 11) -> dict:
+    """Median microseconds of each call, over `repeats` batches of about `batch_seconds`, in turn,
+    there and back: what slows the machine for a while slows them all. Three batches are enough of
+    what takes long.
     """
     counts = {}
     for name, call in calls.items():
@@ -88,8 +89,9 @@ def medians_us(calls: dict, wait, *, batch_seconds: float = 0.03, repeats: int =
         counts[name] = max(1, min(200, int(batch_seconds / once)))
         repeats = repeats if once < 0.3 else min(repeats, 3)
     times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
+    for i in range(repeats):
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            call = calls[name]
             start = time.perf_counter()
             out = None
             for _ in range(counts[name]):
