@@ -1,5 +1,6 @@
 """Perceived streams as plain arrays, the form in which every data set reaches the memory."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmmem_jax.data.batches import batches
 from mmmem_jax.memory.types import Item
 
 
@@ -141,21 +143,25 @@ def _draw_questions(stream: EncodedStream, rng: np.random.Generator, size: int) 
 
 
 def make_loader(
-    streams: EncodedStream, *, seed: int, batch_size: int, questions_per_stream: int
+    streams: EncodedStream,
+    *,
+    seed: int,
+    batch_size: int,
+    questions_per_stream: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """An endless, shuffled, resumable iterator of EncodedStream batches [B, ...].
+    """An endless, shuffled, resumable iterator of batches EncodedStream [B, ...], or `rows` of B.
 
     Each visit of a stream draws other questions; order and draws follow from `seed`, and
     `get_state` / `set_state` put the iterator anywhere.
     """
     num_streams = len(streams.valid)
-    dataset = (
+    elements = (
         grain.MapDataset.range(num_streams)
         .seed(seed)
         .shuffle()
         .repeat()
         .map(lambda i: EncodedStream(*(x[i] for x in streams)))
         .random_map(lambda s, rng: _draw_questions(s, rng, questions_per_stream))
-        .batch(batch_size, drop_remainder=True)
     )
-    return iter(dataset.to_iter_dataset())
+    return batches(elements, batch_size, rows)

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from mmmem_jax.data import egolife, stream_questions, timed_text
+from mmmem_jax.data.batches import batches
 from mmmem_jax.data.encoded import EncodedStream
 from mmmem_jax.data.stream_questions import StreamStatistics
 from mmmem_jax.data.timed_text import SPLITS, Event, Question, TimedText
@@ -326,8 +327,9 @@ def make_loader(
     batch_size: int,
     num_rows: int,
     num_questions: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """An endless, shuffled, resumable iterator of segments, EncodedStream [B, ...].
+    """An endless, shuffled, resumable iterator of segments, EncodedStream [B, ...], or `rows` of B.
 
     A pass meets every row about once; each visit shifts the segment and draws other questions.
     """
@@ -341,12 +343,5 @@ def make_loader(
             streams[i], int(np.clip(start + shift, 0, last)), num_rows, num_questions, rng
         )
 
-    dataset = (
-        grain.MapDataset.range(len(starts))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(segment)
-        .batch(batch_size, drop_remainder=True)
-    )
-    return iter(dataset.to_iter_dataset())
+    segments = grain.MapDataset.range(len(starts)).seed(seed).shuffle().repeat().random_map(segment)
+    return batches(segments, batch_size, rows)

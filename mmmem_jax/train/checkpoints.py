@@ -9,30 +9,48 @@ from orbax.checkpoint import v1 as ocp
 
 from mmmem_jax import provenance
 from mmmem_jax.errors import UserError
+from mmmem_jax.train import distributed
 
 Json = dict
+SCORE = "score"  # what the best checkpoint is best by, higher is better; in its metrics
 
 
 def open_checkpoints(folder: Path, *, keep: int = 2) -> ocp.training.Checkpointer:
-    """The checkpoints of a phase, for the one process that writes; what a kill left is removed.
+    """The checkpoints of a phase, for the one run that writes; what a kill left is removed.
 
-    Orbax renames a save when it is whole, so one cut short never counts.
+    Kept are the newest, and the one of the highest score. Orbax renames a save when it is whole, so
+    one cut short never counts. Every process must call.
     """
     folder = folder.resolve()
-    if folder.is_dir():
+    if distributed.is_first() and folder.is_dir():
         for unfinished in set(_step_folders(folder)) - set(_finished(folder)):
             shutil.rmtree(unfinished)
+    distributed.wait_for_all("unfinished checkpoints are removed")
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False
+    )
     return ocp.training.Checkpointer(
         folder,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         cleanup_tmp_directories=True,
     )
 
 
-def save(checkpoints, step: int, state, data_state: Json, config: Json) -> None:
-    """Saves one step and waits until it is whole on disk."""
-    checkpoints.save_checkpointables(
-        step, {"state": state, "data": data_state}, custom_metadata={"config": config}
+def save(
+    checkpoints, step: int, state, data_state: Json, config: Json, score: float | None = None
+) -> None:
+    """Starts to save a step; it is whole on disk by the next save, or when `close` returns.
+
+    What is saved is copied first, so `state` may be given away when this returns. Every process
+    must call.
+    """
+    checkpoints.save_checkpointables_async(
+        step,
+        {"state": state, "data": data_state},
+        force=True,  # also while the last one is still being written, which is waited for
+        metrics=None if score is None else {SCORE: score},
+        custom_metadata={"config": config},
     )
 
 
@@ -84,6 +102,36 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in _finished(folder)) if folder.is_dir() else []
 
 
+def newest(folder: Path) -> int | None:
+    """The newest finished step as process 0 finds it, None for none; every process must call.
+
+    Raises:
+      UserError: if this process does not find it.
+    """
+    found = steps(folder)
+    step = distributed.from_first(found[-1] if found else -1)
+    if step != -1 and step not in found:
+        raise UserError(
+            f"process {jax.process_index()} does not find step {step} of process 0 in {folder}; "
+            "the processes of a run need a --workdir that they share"
+        )
+    return None if step == -1 else step
+
+
+def best(folder: Path) -> int | None:
+    """The finished step of the highest score, the newer of equals; None if no step has a score."""
+    scores = {step: _score(folder / str(step)) for step in steps(folder)}
+    scored = [step for step, score in scores.items() if score is not None]
+    return max(scored, key=lambda step: (scores[step], step), default=None)
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return json.loads((path / "metrics" / "metrics").read_text())[SCORE]
+    except FileNotFoundError:
+        return None
+
+
 def flatten(config: Json, prefix: str = "") -> dict[str, object]:
     """A nested dict as {'a.b': value}."""
     out = {}
@@ -132,8 +180,9 @@ def claim_workdir(workdir: Path, config: Json) -> None:
     """
     check_workdir(workdir, config)
     path = workdir / "config.json"
-    if not path.exists():
+    if distributed.is_first() and not path.exists():
         provenance.write_json(path, config)
+    distributed.wait_for_all("workdir is claimed")
 
 
 def read_config(workdir: Path) -> Json:

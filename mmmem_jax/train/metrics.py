@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.train import distributed
 
 LOG = logging.getLogger("mmmem_jax")
 
@@ -39,13 +40,15 @@ def rewrite(path: Path, rows: list[dict]) -> None:
 
 
 class MetricsWriter:
-    """Writes the rows of one phase; rows past the step it resumes from are dropped first.
+    """Writes the rows of one phase, in process 0; those past the step it resumes from go first.
 
     TensorBoard's points of these steps stay in its files, and TensorBoard hides them.
     """
 
     def __init__(self, workdir: Path, phase: str, first_step: int):
-        self._phase = phase
+        self._phase, self._file = phase, None
+        if not distributed.is_first():
+            return
         path = workdir / "metrics.jsonl"
         rows = [r for r in read_metrics(path) if r["phase"] != phase or r["step"] <= first_step]
         rewrite(path, rows)
@@ -56,6 +59,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one row and flushes it."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -63,8 +68,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
-        self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def check_finite(phase: str, step: int, values: dict[str, float], last_good: int | None) -> None:
@@ -86,7 +92,7 @@ class Progress:
         self._phase, self._total = phase, total
         self._start, self._first = time.monotonic(), first_step
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and distributed.is_first():
             self._bar = tqdm(total=total, initial=first_step, desc=phase, unit="step")
 
     def advance(self) -> None:

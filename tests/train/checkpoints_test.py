@@ -26,6 +26,7 @@ def saved(tmp_path):
 def test_loads_what_was_saved(saved, tmp_path):
     for step in (1, 2):
         checkpoints.save(saved, step, state_at(step), {"next": step}, CONFIG)
+    saved.close()
     for asked, step in ((None, 2), (1, 1)):
         state, data, at = checkpoints.load(tmp_path / "phase", state_at(0), asked)
         assert (data, at) == ({"next": step}, step)
@@ -35,7 +36,40 @@ def test_loads_what_was_saved(saved, tmp_path):
 def test_keeps_the_newest(saved, tmp_path):
     for step in (1, 2, 3):
         checkpoints.save(saved, step, state_at(step), DATA, CONFIG)
+    saved.close()
     assert checkpoints.steps(tmp_path / "phase") == [2, 3]
+
+
+def test_keeps_the_best_too(tmp_path):
+    folder = tmp_path / "phase"
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.1), (5, None), (6, 0.2)):
+        saved = checkpoints.open_checkpoints(folder)  # also of a run that went on
+        checkpoints.save(saved, step, state_at(step), DATA, CONFIG, score)
+        saved.close()
+    assert checkpoints.steps(folder) == [3, 5, 6]
+    assert checkpoints.best(folder) == 3
+    assert checkpoints.newest(folder) == 6
+
+
+def test_without_scores_none_is_best(saved, tmp_path):
+    checkpoints.save(saved, 1, state_at(1), DATA, CONFIG)
+    saved.close()
+    assert checkpoints.best(tmp_path / "phase") is None
+
+
+def test_what_is_saved_may_be_given_away(saved, tmp_path):
+    """Saves go on in the background: what an update makes of the buffers must not be in them."""
+    update = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jnp.zeros((64, 4096))
+    for step in range(4):
+        checkpoints.save(saved, step, {"w": w}, DATA, CONFIG)
+        for _ in range(3):
+            w = update(w)
+    saved.close()
+    assert checkpoints.steps(tmp_path / "phase") == [2, 3]
+    for step in (2, 3):
+        state, _, _ = checkpoints.load(tmp_path / "phase", {"w": w}, step)
+        np.testing.assert_array_equal(state["w"], np.full((64, 4096), 3.0 * step))
 
 
 def test_an_empty_folder_has_none(saved, tmp_path):

@@ -1,0 +1,30 @@
+"""Batches of an endless dataset, of which every process may load a part."""
+
+from collections.abc import Sequence
+
+import grain
+import jax
+import numpy as np
+
+
+def batches(
+    elements: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None
+) -> grain.DatasetIterator:
+    """An iterator of batches [B, ...] of an endless dataset, or of some rows of each.
+
+    Batch b holds elements b * B to b * B + B - 1, whoever loads them: what the processes of a run
+    load is together what one process would, and `get_state` is the number of a batch for all.
+
+    Args:
+      elements: endless (repeated); trees of arrays or numbers.
+      batch_size: B, of the whole batch.
+      rows: those to load, in order; all by default.
+    """
+    rows = range(batch_size) if rows is None else [int(row) for row in rows]
+
+    def batch(index: int):
+        chosen = (elements[index * batch_size + row] for row in rows)
+        return jax.tree.map(lambda *x: np.stack(x), *chosen)
+
+    dataset = grain.MapDataset.range(len(elements) // batch_size).map(batch)
+    return iter(dataset.to_iter_dataset())
