@@ -1,13 +1,14 @@
 """Evaluates a run's checkpoints on held-out streams, beside every fixed rule at the same budget.
 
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo
-    python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --step=400
+    python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --step=best
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
 
 Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
-results; of a lite run results.json alone. --follow, which may be started before main, first
-evaluates every checkpoint as it appears, until training has ended: the learned manager alone, one
-line a checkpoint in curve.jsonl.
+results; of a lite run results.json alone. --step=best takes the checkpoint whose task reward was
+highest in training, as the mean over the steps since the report before. --follow, which may be
+started before main, first evaluates every checkpoint as it appears, until training has ended: the
+learned manager alone, one line a checkpoint in curve.jsonl.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,11 @@ POLL_SECONDS = 1.0  # between looks at a run that is followed
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; required.", flag_values=FLAGS)
-STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint of the manager to take; the newest by default.", flag_values=FLAGS
+STEP = flags.DEFINE_string(
+    "step",
+    None,
+    "Checkpoint of the manager to take, its number or 'best'; the newest by default.",
+    flag_values=FLAGS,
 )
 FOLLOW = flags.DEFINE_bool(
     "follow", False, "Evaluate every checkpoint as it appears.", flag_values=FLAGS
@@ -49,6 +53,28 @@ def wait_if_following(ready: Callable[[], bool], what: str) -> None:
         follow.wait_until(ready, what, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
 
 
+def wanted_step(workdir: Path) -> int | None:
+    """The step that --step names, None for the newest.
+
+    Raises:
+      UserError: if it is neither a number nor "best", or no checkpoint has a score to be best by.
+    """
+    if STEP.value is None or STEP.value.isdecimal():
+        return None if STEP.value is None else int(STEP.value)
+    if STEP.value != "best":
+        raise UserError(f"--step is {STEP.value!r}; it must be a number or best")
+    from mmmem_jax.train import checkpoints
+
+    folder = workdir / "checkpoints" / "manager"
+    step = checkpoints.best(folder)
+    if step is None:
+        raise UserError(
+            f"{folder} has no checkpoint with a score to be best by, as none of an older run has;"
+            f" give a number (steps there: {checkpoints.steps(folder) or 'none'})"
+        )
+    return step
+
+
 def evaluate_world(workdir: Path) -> None:
     """Evaluates a run of the procedural world."""
     from mmmem_jax.evals import table, world_eval
@@ -59,7 +85,7 @@ def evaluate_world(workdir: Path) -> None:
     run = world_eval.load_run(workdir, num_streams=NUM_STREAMS.value)
     if FOLLOW.value:
         world_eval.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
-    learned, step = world_eval.load_learned(run, workdir, STEP.value)
+    learned, step = world_eval.load_learned(run, workdir, wanted_step(workdir))
     results = world_eval.full_evaluation(run, workdir, step, learned)
     print(table.format_table(results))
     print(f"report: {workdir / 'eval' / 'report.html'}")
@@ -80,7 +106,7 @@ def _evaluate_manager(evals, workdir: Path):
     run = evals.load_run(workdir)
     if FOLLOW.value:
         evals.follow_run(run, workdir, poll_seconds=POLL_SECONDS, timeout=TIMEOUT.value)
-    model, step = text_job.load_manager(run.config, workdir, STEP.value)
+    model, step = text_job.load_manager(run.config, workdir, wanted_step(workdir))
     results = evals.full_evaluation(run, workdir, step, model)
     print(evals.format_tables(results["table"]))
     return run, model, results

@@ -5,6 +5,7 @@
     python -m mmmem_jax.main --config=configs/sib_grpo.py --config.sib.credit=state --workdir=...
 
     python -m mmmem_jax.main --compile_only --topology=v5p:8x8x4 --config=configs/sib_grpo.py
+    python -m mmmem_jax.main ... --coordinator=HOST:PORT --num_processes=2 --process_id=0
 
 Checkpoints, metrics.jsonl and TensorBoard files go to the workdir. The same command run again
 resumes where the run was stopped; a workdir of another config is refused. Then see eval_main.
@@ -12,6 +13,13 @@ resumes where the run was stopped; a workdir of another config is refused. Then 
 --compile_only trains nothing and writes nothing: it compiles the manager's update, for a TPU
 topology without any TPU or for the devices that are here, prints what it needs of each device, and
 exits with 0 if that fits and with 1 if it does not.
+
+SIGTERM saves the step that is reached, writes preempted.json to the workdir, and exits with 0.
+
+The same command on several machines, which share the workdir, is one run on all of their devices:
+under Slurm (srun), on the workers of a Cloud TPU, in GKE and under mpirun as it stands; elsewhere
+with the three flags above or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where a
+process is lost, the others end within a minute; then start all of them again.
 """
 
 import importlib
@@ -39,6 +47,15 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "Folder or gs:// address of compiled programs, kept between runs; otherwise that of "
     "JAX_COMPILATION_CACHE_DIR, or xla in the user's cache folder of mmmem_jax.",
     flag_values=FLAGS,
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of many processes: HOST:PORT of process 0.", flag_values=FLAGS
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes the run has.", lower_bound=1, flag_values=FLAGS
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", lower_bound=0, flag_values=FLAGS
 )
 
 JOBS = {
@@ -70,11 +87,21 @@ def main(argv: list[str]) -> int | None:
         raise UserError(f"config.job is {config.job!r}; it must be one of {', '.join(JOBS)}")
     flags.log_plainly()
     set_compilation_cache(COMPILATION_CACHE.value)
-    job = importlib.import_module(JOBS[config.job])
     if COMPILE_ONLY.value:
+        job = importlib.import_module(JOBS[config.job])
         plan = importlib.import_module("mmmem_jax.train.plan")
         return 0 if plan.report(job.plan_manager, config, TOPOLOGY.value) else 1
-    return job.run(config, Path(WORKDIR.value))
+    distributed = importlib.import_module("mmmem_jax.train.distributed")
+    distributed.initialize(
+        {
+            "coordinator_address": COORDINATOR.value,
+            "num_processes": NUM_PROCESSES.value,
+            "process_id": PROCESS_ID.value,
+        }
+    )
+    with distributed.ending_together("main"):
+        importlib.import_module(JOBS[config.job]).run(config, Path(WORKDIR.value))
+    return 0
 
 
 if __name__ == "__main__":

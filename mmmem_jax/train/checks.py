@@ -12,7 +12,7 @@ from mmmem_jax.sib.losses import RATIOS
 from mmmem_jax.sib.rewards import TASKS
 from mmmem_jax.sib.rollout import CREDITS
 from mmmem_jax.sib.update import SibConfig
-from mmmem_jax.train import sharding
+from mmmem_jax.train import distributed, sharding
 from mmmem_jax.train.checkpoints import flatten
 from mmmem_jax.train.trainer import FitConfig
 
@@ -62,8 +62,11 @@ def check_manager(config: ConfigDict, devices: Sequence[jax.Device] | None = Non
     at_least(config, 2, "sib.num_generations")  # one alone has nothing to be compared with
     at_least(config, 1, "sib.block_size", "sib.inner_epochs")
     at_least(config, 0, "seed")
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if devices is None:
+        distributed.check_mesh(mesh)
     sharding.check_divides(
-        sharding.make_mesh(**config.mesh, devices=devices),
+        mesh,
         batch_size=config.manager.batch_size,
         num_generations=options.num_generations,
         hidden=config.manager.hidden,

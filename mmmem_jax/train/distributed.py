@@ -6,21 +6,26 @@ on is told by process 0 (`from_first`).
 """
 
 import contextlib
+import functools
 import glob
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmmem_jax.errors import UserError
 
+LOG = logging.getLogger("mmmem_jax")
 HEARTBEAT_SECONDS = 60  # after which a process that is silent is lost, and the others end
 CONNECT_SECONDS = 300  # for all processes to be there
 EXPLICIT = {
@@ -133,6 +138,8 @@ def initialize(given: Mapping[str, str | int | None]) -> None:
         ) from error
     if jax.process_count() > 1:
         _speak_if_aborted(f"main: {lost_line()}")
+    if not is_first():
+        LOG.setLevel(logging.WARNING)  # what all would say, process 0 says
 
 
 def lost_line() -> str:
@@ -210,6 +217,33 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raises UserError unless every process has devices of the mesh."""
+    taking_part = {device.process_index for device in mesh.devices.flat}
+    if len(taking_part) < jax.process_count():
+        raise UserError(
+            f"config.mesh takes devices of {len(taking_part)} of the {jax.process_count()} "
+            f"processes; make it one of all {len(jax.devices())} devices, as config.mesh.data=-1 is"
+        )
+
+
+def split_batch(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """Splits B over 'data'; where that does not divide B, every device has the whole batch."""
+    divides = batch_size % mesh.shape["data"] == 0
+    return NamedSharding(mesh, PartitionSpec("data") if divides else PartitionSpec())
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a batch [B, ...] that the devices of this process hold, in order."""
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+
+
+def put_batch(sharding: NamedSharding) -> Callable:
+    """(the local rows of a batch, on the host) -> the batch of all processes, on the devices."""
+    return functools.partial(jax.make_array_from_process_local_data, sharding)
+
+
 def to_host(tree):
     """A tree of arrays, wherever they lie, as NumPy arrays; every process must call."""
 
@@ -219,3 +253,8 @@ def to_host(tree):
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def to_local(tree):
+    """A tree of arrays, wherever they lie, on one device of this process; all must call."""
+    return jax.tree.map(jnp.asarray, to_host(tree))

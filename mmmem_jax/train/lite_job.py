@@ -126,12 +126,13 @@ def train(config: ConfigDict, workdir: Path) -> Manager:
     checkpoints.check_workdir(workdir, config.to_dict())
     streams = make_streams(config, "train")
 
-    def make_loader():
+    def make_loader(rows=None):
         return encoded.make_loader(
             streams,
             seed=config.seed,
             batch_size=config.manager.batch_size,
             questions_per_stream=config.manager.num_questions,
+            rows=rows,
         )
 
     memory = memory_config(config, config.slots)

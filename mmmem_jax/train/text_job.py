@@ -32,7 +32,7 @@ from mmmem_jax.models.weights import default_cache_dir, fetch_minilm
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.text_search import evidence_mass
 from mmmem_jax.sib import update as sib
-from mmmem_jax.train import checkpoints, checks, sharding
+from mmmem_jax.train import checkpoints, checks, distributed, sharding
 from mmmem_jax.train.plan import Program
 from mmmem_jax.train.trainer import FitConfig, fit
 from mmmem_jax.train.world_job import manager_optimizer
@@ -242,13 +242,14 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
             "words, and among them a word few other rows have (mmmem_jax/data/stream_questions.py)"
         )
 
-    def make_loader():
+    def make_loader(rows=None):
         return text_streams.make_loader(
             train_streams,
             seed=config.seed,
             batch_size=section.batch_size,
             num_rows=section.num_rows,
             num_questions=section.num_questions,
+            rows=rows,
         )
 
     memory = memory_config(config, section.num_rows, None)
@@ -290,7 +291,7 @@ def learn(
     config: ConfigDict,
     workdir: Path,
     model: Manager,
-    make_loader: Callable[[], grain.DatasetIterator],
+    make_loader: Callable[..., grain.DatasetIterator],
     memory: MemoryConfig,
     *,
     visuals: bool = False,
@@ -301,7 +302,8 @@ def learn(
       config: with sections `manager`, `sib` and `mesh`.
       workdir: folder of the run.
       model: the manager before its first update.
-      make_loader: gives an endless iterator of EncodedStream batches [B, T, ...], from its start.
+      make_loader: gives an endless iterator of EncodedStream batches [B, T, ...], from its start;
+        given rows, of these alone.
       memory: the memory that the manager fills.
       visuals: whether views are retrieved by text, as `retrieval.text_search` has it.
 
@@ -316,11 +318,12 @@ def learn(
         config, mesh, model, memory, text_task(temperature, visuals=visuals)
     )
     checkpoints.claim_workdir(workdir, config.to_dict())
+    split = distributed.split_batch(mesh, section.batch_size)
     final = fit(
         "manager",
         sharding.place(mesh, start),
         update,
-        make_loader(),
+        make_loader(distributed.local_rows(split, section.batch_size)),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=FitConfig(
@@ -329,8 +332,9 @@ def learn(
             section.save_every,
             shown=("task_reward", "reward", "compression", "share_add", "policy_entropy"),
             decisions_per_step=config.sib.num_generations * batch.valid.size,
+            best="task_reward",
         ),
-        put_batch=lambda batch: sharding.put_batch(mesh, batch),
+        put_batch=distributed.put_batch(split),
     )
     return nnx.merge(nnx.graphdef(model), final.params)
 
@@ -353,7 +357,7 @@ def train(
 ) -> Manager:
     """Trains in `workdir`, or goes on where it was stopped; a finished run is only loaded."""
     checkpoints.check_workdir(workdir, config.to_dict())
-    if checkpoints.steps(workdir / "checkpoints" / "manager")[-1:] == [config.manager.num_steps]:
+    if checkpoints.newest(workdir / "checkpoints" / "manager") == config.manager.num_steps:
         return load_manager(config, workdir, None)[0]
     return train_manager(config, workdir, training_streams(config, streams, space))
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mmmem_jax.data import encoded, worlds
+from mmmem_jax.data.batches import batches
 from mmmem_jax.data.encoded import EncodedStream
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory.types import LEVELS, MemoryConfig
@@ -24,7 +25,7 @@ from mmmem_jax.perception import world as perception
 from mmmem_jax.policies.manager import Manager
 from mmmem_jax.retrieval.top_down import RetrievalConfig
 from mmmem_jax.sib import update as sib
-from mmmem_jax.train import checkpoints, checks, reader_phase, sharding, state
+from mmmem_jax.train import checkpoints, checks, distributed, reader_phase, sharding, state
 from mmmem_jax.train.plan import Program
 from mmmem_jax.train.trainer import FitConfig, fit
 
@@ -140,31 +141,31 @@ def _fit_config(section: ConfigDict, **kwargs) -> FitConfig:
 
 
 def _stream_loader(
-    config: ConfigDict, section: ConfigDict, streams: EncodedStream
+    config: ConfigDict, section: ConfigDict, streams: EncodedStream, rows: np.ndarray
 ) -> grain.DatasetIterator:
-    """Batches of streams for a phase, shuffled and endless."""
+    """Rows of batches of streams for a phase, shuffled and endless."""
     return encoded.make_loader(
         streams,
         seed=config.seed,
         batch_size=section.batch_size,
         questions_per_stream=section.questions_per_stream,
+        rows=rows,
     )
 
 
-def _frame_loader(config: ConfigDict) -> grain.DatasetIterator:
-    """Batches (frames, shown words) of the perception split, shuffled and endless."""
+def _frame_loader(config: ConfigDict, rows: np.ndarray) -> grain.DatasetIterator:
+    """Rows of batches (frames, shown words) of the perception split, shuffled and endless."""
     streams = make_streams(config, "perception", config.streams.perception)
     frames = np.concatenate([worlds.render(s) for s, _ in streams])
     shown = np.concatenate([perception.shown_words(s) for s, _ in streams])
-    dataset = (
+    elements = (
         grain.MapDataset.range(len(frames))
         .seed(config.seed)
         .shuffle()
         .repeat()
-        .batch(config.perception.batch_size, drop_remainder=True, batch_fn=np.asarray)
         .map(lambda index: (frames[index], shown[index]))
     )
-    return iter(dataset.to_iter_dataset())
+    return batches(elements, config.perception.batch_size, rows)
 
 
 def load_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEncoder:
@@ -204,16 +205,20 @@ def train_eye(config: ConfigDict, workdir: Path, model: FrameEncoder) -> FrameEn
     def loss_fn(params, rng_key, batch):
         return frame_loss(nnx.merge(graphdef, params), *batch)
 
+    mesh, batch_size = sharding.make_mesh(**config.mesh), config.perception.batch_size
+    split = distributed.split_batch(mesh, batch_size)
+    start = state.init_state(params, optimizer, _phase_key(config, "perception"))
     final = fit(
         "perception",
-        state.init_state(params, optimizer, _phase_key(config, "perception")),
+        sharding.replicate(mesh, start),
         state.make_update(loss_fn, optimizer),
-        _frame_loader(config),
+        _frame_loader(config, distributed.local_rows(split, batch_size)),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=_fit_config(config.perception, shown=("loss", "recall_fine", "recall_coarse")),
+        put_batch=distributed.put_batch(split),
     )
-    return nnx.merge(graphdef, final.params)
+    return nnx.merge(graphdef, distributed.to_local(final.params))
 
 
 def train_reader(
@@ -222,7 +227,7 @@ def train_reader(
     """Trains the reader on memories of many kinds, then calibrates it on held-out ones."""
     graphdef, params = nnx.split(model)
     section = config.reader
-    if checkpoints.steps(workdir / "checkpoints" / CALIBRATED):
+    if checkpoints.newest(workdir / "checkpoints" / CALIBRATED) is not None:
         return load_reader(workdir, model)
     schedule = optax.cosine_decay_schedule(section.learning_rate, section.num_steps, alpha=0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -234,21 +239,28 @@ def train_reader(
         section.num_unlimited,
         section.flat_share,
     )
+    mesh = sharding.make_mesh(**config.mesh)
+    split = distributed.split_batch(mesh, section.batch_size)
+    start = state.init_state(params, optimizer, _phase_key(config, "reader"))
+    shown = ("loss", "accuracy", "accuracy_unlimited")
     final = fit(
         "reader",
-        state.init_state(params, optimizer, _phase_key(config, "reader")),
+        sharding.replicate(mesh, start),
         state.make_update(loss_fn, optimizer),
-        _stream_loader(config, section, train),
+        _stream_loader(config, section, train, distributed.local_rows(split, section.batch_size)),
         workdir=workdir,
         config=config.to_dict(),
-        fit_config=_fit_config(section, shown=("loss", "accuracy", "accuracy_unlimited")),
+        fit_config=_fit_config(section, shown=shown, best="-loss"),
+        put_batch=distributed.put_batch(split),
     )
+    trained = distributed.to_local(final.params)
     params, report = reader_phase.calibrate(
-        graphdef, final.params, jax.random.key(config.seed), held_out, memory_config(config)
+        graphdef, trained, jax.random.key(config.seed), held_out, memory_config(config)
     )
     LOG.info("reader calibrated: %s", {k: round(v, 4) for k, v in report.items()})
     saved = checkpoints.open_checkpoints(workdir / "checkpoints" / CALIBRATED)
-    checkpoints.save(saved, section.num_steps, {"params": params}, report, config.to_dict())
+    placed = sharding.replicate(mesh, distributed.to_host({"params": params}))
+    checkpoints.save(saved, section.num_steps, placed, report, config.to_dict())
     saved.close()
     return nnx.merge(graphdef, params)
 
@@ -306,19 +318,21 @@ def train_manager(
     section = config.manager
     mesh = sharding.make_mesh(**config.mesh)
     start, update = manager_program(config, mesh, model, reader)
+    split = distributed.split_batch(mesh, section.batch_size)
     decisions = section.batch_size * config.sib.num_generations * config.world.num_chunks
     final = fit(
         "manager",
         sharding.place(mesh, start),
         update,
-        _stream_loader(config, section, train),
+        _stream_loader(config, section, train, distributed.local_rows(split, section.batch_size)),
         workdir=workdir,
         config=config.to_dict(),
         fit_config=dataclasses.replace(
             _fit_config(section, shown=("task_reward", "reward", "share_add", "share_discard")),
             decisions_per_step=decisions,
+            best="task_reward",
         ),
-        put_batch=lambda batch: sharding.put_batch(mesh, batch),
+        put_batch=distributed.put_batch(split),
     )
     return nnx.merge(nnx.graphdef(model), final.params)
 
