@@ -14,13 +14,15 @@ learned manager alone, one line a checkpoint in curve.jsonl.
 from collections.abc import Callable
 from pathlib import Path
 
-from mmmem_jax import flags
+from mmmem_jax import flags, remote
 from mmmem_jax.errors import UserError
 
 POLL_SECONDS = 1.0  # between looks at a run that is followed
 
 FLAGS = flags.FlagValues()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; required.", flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, here or gs://BUCKET/NAME; required.", flag_values=FLAGS
+)
 STEP = flags.DEFINE_string(
     "step",
     None,
@@ -145,7 +147,7 @@ def main(argv: list[str]) -> None:
     from mmmem_jax.train import checkpoints
 
     flags.log_plainly()
-    workdir = Path(WORKDIR.value)
+    workdir = remote.folder(WORKDIR.value)
     wait_if_following((workdir / "config.json").is_file, f"config.json in {workdir}")
     config = checkpoints.read_config(workdir)
     if config.get("job") not in JOBS:

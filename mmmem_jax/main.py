@@ -23,16 +23,18 @@ process is lost, the others end within a minute; then start all of them again.
 """
 
 import importlib
-from pathlib import Path
 
-from mmmem_jax import flags
+from mmmem_jax import flags, remote
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.weights import default_cache_dir
 
 FLAGS = flags.FlagValues()
 CONFIG = flags.define_config("configs/sib_grpo.py", FLAGS)
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints and metrics; required.", flag_values=FLAGS
+    "workdir",
+    None,
+    "Folder of checkpoints and metrics, here or gs://BUCKET/NAME; required.",
+    flag_values=FLAGS,
 )
 
 COMPILE_ONLY = flags.DEFINE_bool(
@@ -100,7 +102,7 @@ def main(argv: list[str]) -> int | None:
         }
     )
     with distributed.ending_together("main"):
-        importlib.import_module(JOBS[config.job]).run(config, Path(WORKDIR.value))
+        importlib.import_module(JOBS[config.job]).run(config, remote.folder(WORKDIR.value))
     return 0
 
 

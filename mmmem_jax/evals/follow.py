@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mmmem_jax import remote
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import checkpoints
 from mmmem_jax.train.metrics import read_metrics, rewrite
@@ -84,5 +85,4 @@ def follow(
         seen = newest
         shown = " ".join(f"{k}={v:.4g}" for k, v in row.items() if isinstance(v, float))
         LOG.info("step %d: %s", seen, shown)
-        with curve.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        remote.append(curve, json.dumps(row))

@@ -185,4 +185,5 @@ def plot_summary(
             ax.spines[["top", "right"]].set_visible(False)
             if not ax.patches:
                 ax.text(0.5, 0.5, "no results", ha="center", transform=ax.transAxes)
-        figure.savefig(path, format="png")
+        with path.open("wb") as file:
+            figure.savefig(file, format="png")

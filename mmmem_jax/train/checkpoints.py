@@ -1,13 +1,13 @@
 """Orbax checkpoints: state, Grain position and config of a step, saved together or not at all."""
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mmmem_jax import provenance
+from mmmem_jax import provenance, remote
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import distributed
 
@@ -21,10 +21,10 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> ocp.training.Checkpointe
     Kept are the newest, and the one of the highest score. Orbax renames a save when it is whole, so
     one cut short never counts. Every process must call.
     """
-    folder = folder.resolve()
+    folder = remote.absolute(folder)
     if distributed.is_first() and folder.is_dir():
         for unfinished in set(_step_folders(folder)) - set(_finished(folder)):
-            shutil.rmtree(unfinished)
+            epath.Path(unfinished).rmtree()
     distributed.wait_for_all("unfinished checkpoints are removed")
     policies = ocp.training.preservation_policies
     best = policies.BestN(
@@ -66,7 +66,7 @@ def load(folder: Path, state, step: int | None = None):
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    path = folder.resolve() / str(step)
+    path = remote.absolute(folder) / str(step)
     loaded = ocp.load_checkpointables(path, {"state": abstract, "data": None})
     return loaded["state"], loaded["data"], step
 

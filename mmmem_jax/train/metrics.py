@@ -10,6 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mmmem_jax import remote
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import distributed
 
@@ -46,30 +47,26 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, phase: str, first_step: int):
-        self._phase, self._file = phase, None
+        self._phase, self._path, self._tensorboard = phase, workdir / "metrics.jsonl", None
         if not distributed.is_first():
             return
-        path = workdir / "metrics.jsonl"
-        rows = [r for r in read_metrics(path) if r["phase"] != phase or r["step"] <= first_step]
-        rewrite(path, rows)
-        self._file = path.open("a")
+        rows = read_metrics(self._path)
+        rewrite(self._path, [r for r in rows if r["phase"] != phase or r["step"] <= first_step])
         # A folder each: TensorBoard hides what a folder has from the purge step on, of any phase.
         folder = workdir / "tensorboard" / phase
         self._tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one row and flushes it."""
-        if self._file is None:
+        """Appends one row."""
+        if self._tensorboard is None:
             return
-        self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
-        self._file.flush()
+        remote.append(self._path, json.dumps({"phase": self._phase, "step": step, **values}))
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{self._phase}/{name}", value, step)
 
     def close(self) -> None:
-        """Closes both files."""
-        if self._file is not None:
-            self._file.close()
+        """Closes TensorBoard's file."""
+        if self._tensorboard is not None:
             self._tensorboard.close()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -49,13 +49,14 @@ class _Window:
     """The metrics of the steps since the last report, and how long these steps took.
 
     Args:
-      saved: steps before the run was stopped, as `to_json` gave them; they count, but not in time.
+      saved: steps before the run was stopped, as `columns` gave them; they count, but not in time.
     """
 
-    def __init__(self, saved: Sequence[dict] = ()):
-        types = {float: np.float32, int: np.int32, bool: np.bool_}
-        self._rows = [{name: types[type(x)](x) for name, x in row.items()} for row in saved]
-        self._num_saved, self._since, self._loading = len(saved), time.monotonic(), 0.0
+    def __init__(self, saved: dict[str, np.ndarray] | None = None):
+        columns = {} if saved is None else {name: np.asarray(x) for name, x in saved.items()}
+        values = zip(*columns.values(), strict=True)
+        self._rows = [dict(zip(columns, row, strict=True)) for row in values]
+        self._num_saved, self._since, self._loading = len(self._rows), time.monotonic(), 0.0
 
     def load(self, load_fn: Callable):
         """What `load_fn()` returns, timed."""
@@ -93,9 +94,10 @@ class _Window:
             found["decisions_per_s"] = num_steps * decisions_per_step / seconds
         return found
 
-    def to_json(self) -> list[dict]:
-        """The metrics of every step, to be saved beside the position in the data."""
-        return [{name: x.item() for name, x in row.items()} for row in jax.device_get(self._rows)]
+    def columns(self) -> dict[str, np.ndarray]:
+        """The metrics of every step, an array each, to be saved with the position in the data."""
+        rows = jax.device_get(self._rows)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _check_state(phase: str, step: int, state, last_good: int | None) -> None:
@@ -158,7 +160,7 @@ def fit(
     last_good = checkpoints.newest(folder)
     if last_good is not None:
         state, data_state, step = checkpoints.load(folder, state, last_good)
-        window = _Window(data_state.pop("window", ()))
+        window = _Window(data_state.pop("window", None))
         loader.set_state(data_state)
     if step >= fit_config.num_steps:
         return state
@@ -194,7 +196,7 @@ def fit(
                     progress.report(step, {k: values[k] for k in fit_config.shown})
                     window, score = _Window(), fit_config.score(values)
                 else:
-                    data_state |= {"window": window.to_json()}
+                    data_state |= {"window": window.columns()}
                 if saves:
                     checkpoints.save(saved, step, state, data_state, config, score)
                     last_good = step
