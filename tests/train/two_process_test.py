@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -32,11 +33,16 @@ class Pair:
         self.logs = [workdir.parent / f"log{i}" for i in range(2)]
         command = [sys.executable, "-m", "mmmem_jax.main", *TINY_CONFIG, "--config.mesh.data=2"]
         command += [f"--workdir={workdir}", f"--coordinator=localhost:{port}", "--num_processes=2"]
+        environ = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
         self.processes = []
         for i, log in enumerate(self.logs):
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    [*command, f"--process_id={i}"], cwd=REPO, stdout=file, stderr=file
+                    [*command, f"--process_id={i}"],
+                    cwd=REPO,
+                    env=environ,
+                    stdout=file,
+                    stderr=file,
                 )
             self.processes.append(process)
 
