@@ -33,8 +33,13 @@ EXPLICIT = {
     "num_processes": ("--num_processes", "JAX_NUM_PROCESSES"),
     "process_id": ("--process_id", "JAX_PROCESS_ID"),
 }
-# Prints its argument where signal 6, SIGABRT, is among the bytes that it is sent.
-SPEAKER = "import sys; 6 in sys.stdin.buffer.read() and print(sys.argv[1], file=sys.stderr)"
+# Prints the last line that it was sent, if after it comes the number of SIGABRT.
+SPEAKER = """
+import sys
+*lines, signals = sys.stdin.buffer.read().split(b"\\n")
+if 6 in signals:
+    print(lines[-1].decode(), file=sys.stderr)
+"""
 
 
 def arguments(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> dict | None:
@@ -115,29 +120,29 @@ def initialize(given: Mapping[str, str | int | None]) -> None:
     To be called once, before JAX has looked for its devices.
 
     Raises:
-      UserError: if they contradict each other, or the others are not there in time.
+      UserError: if they contradict each other.
     """
     options = arguments(given, os.environ)
     if options is None:
         return
+    say_if_aborted = make_speaker()
+    say_if_aborted(
+        f"main: no connection to the other processes within {CONNECT_SECONDS} s; start all of them"
+        " at about the same time, with one address of process 0"
+    )
     try:
         jax.distributed.initialize(
             **options,
             initialization_timeout=CONNECT_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError:
-        if options:
+    except ValueError as error:
+        if options or "coordinator_address" not in str(error):
             raise
-        return  # a TPU, or what looks like one, without a cluster
-    except jax.errors.JaxRuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"no connection to the other processes of the run ({first}); start all of them within"
-            f" {CONNECT_SECONDS} s of each other, with one --coordinator"
-        ) from error
-    if jax.process_count() > 1:
-        _speak_if_aborted(f"main: {lost_line()}")
+        say_if_aborted("main: aborted")
+        LOG.warning("no other process is found: this one is a run by itself")
+        return
+    say_if_aborted(f"main: {lost_line()}")
     if not is_first():
         LOG.setLevel(logging.WARNING)  # what all would say, process 0 says
 
@@ -150,19 +155,25 @@ def lost_line() -> str:
     )
 
 
-def _speak_if_aborted(line: str) -> None:
-    """Has a line printed last should JAX abort this process, as it does where it misses another.
+def make_speaker() -> Callable[[str], None]:
+    """(line) -> None: what is printed last should JAX abort this process from now on.
 
-    It aborts from a thread of its own, and raises nothing. But Python's own handler of signals
-    still writes the signal's number to a pipe, and the process that reads there lives on.
+    JAX does so where it cannot reach another process, from a thread of its own, and raises nothing.
+    But Python's own handler of signals still writes their numbers to a pipe, and the process that
+    reads there lives on.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    speaker = [sys.executable, "-I", "-S", "-c", SPEAKER, line]
-    subprocess.Popen(speaker, stdin=reader, start_new_session=True)
+    command = [sys.executable, "-I", "-S", "-c", SPEAKER]
+    subprocess.Popen(command, stdin=reader, start_new_session=True)
     os.close(reader)
     signal.signal(signal.SIGABRT, signal.default_int_handler)  # any: it is never come to
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def say_if_aborted(line: str) -> None:
+        os.write(writer, line.encode() + b"\n")
+
+    return say_if_aborted
 
 
 @contextlib.contextmanager
@@ -184,9 +195,10 @@ def ending_together(name: str) -> Iterator[None]:
     except UserError as error:
         _end(f"{name}: {' '.join(str(error).split())}", 2)
     except Exception as error:
-        if not _is_lost(error):
-            traceback.print_exc()
-        _end(f"{name}: {lost_line()}" if _is_lost(error) else f"{name}: stopped by an error", 1)
+        if _is_lost(error):
+            _end(f"{name}: {lost_line()} ({str(error).splitlines()[0]})", 1)
+        traceback.print_exc()
+        _end(f"{name}: stopped by this error", 1)
 
 
 def _is_lost(error: Exception) -> bool:

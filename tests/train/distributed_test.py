@@ -107,7 +107,7 @@ def test_one_process_holds_every_row(data, batch_size):
 def test_a_process_that_jax_aborts_says_why():
     code = (
         "import os; from mmmem_jax.train import distributed;"
-        "distributed._speak_if_aborted('last words'); os.{}"
+        "say = distributed.make_speaker(); say('first words'); say('last words'); os.{}"
     )
     for ending, words in (
         ("abort()", "last words"),
