@@ -4,12 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import sib_grpo
+from mmmem_jax import eval_main
+from mmmem_jax.errors import UserError
 from mmmem_jax.policies import rules
 from mmmem_jax.train import checkpoints
+from mmmem_jax.train.metrics import read_metrics
 from tests.conftest import REPO, TINY, run_module
 
 SLOTS = sib_grpo.get_config().memory.episodic_slots
@@ -109,6 +113,17 @@ def test_a_mistake_is_one_line(tiny_run, tmp_path, options, says):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("eval_main: ")
     assert says in line
+
+
+def test_the_best_step_had_the_highest_task_reward(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_main, "STEP", types.SimpleNamespace(value="best"))
+    rows = [r for r in read_metrics(tiny_run / "metrics.jsonl") if r["phase"] == "manager"]
+    rows = rows[TINY["manager.save_every"] - 1 :: TINY["manager.save_every"]]
+    best = max(rows, key=lambda row: (row["task_reward"], row["step"]))["step"]
+    assert eval_main.wanted_step(tiny_run) == best
+    assert best in checkpoints.steps(tiny_run / "checkpoints" / "manager")
+    with pytest.raises(UserError, match="no checkpoint with a score to be best by"):
+        eval_main.wanted_step(tmp_path)
 
 
 def test_a_flag_of_the_world_is_refused_by_a_text_run(tmp_path):

@@ -51,6 +51,12 @@ def test_keeps_the_best_too(tmp_path):
     assert checkpoints.newest(folder) == 6
 
 
+def test_a_process_that_does_not_share_the_workdir_is_told(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.distributed, "from_first", lambda value: 3)
+    with pytest.raises(UserError, match="does not find step 3 of process 0 .* that they share"):
+        checkpoints.newest(tmp_path / "phase")
+
+
 def test_without_scores_none_is_best(saved, tmp_path):
     checkpoints.save(saved, 1, state_at(1), DATA, CONFIG)
     saved.close()
