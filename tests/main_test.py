@@ -59,21 +59,25 @@ def test_a_run_logs_all_its_phases(tiny_run):
         assert list((tiny_run / "tensorboard" / phase).glob("events.*"))
 
 
-@pytest.mark.parametrize("phase", ["perception", "reader", "manager"])
-def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path, phase):
-    """Killed when the first checkpoint of a phase is whole."""
-    workdir = tmp_path / "run"
-    before(phase, tiny_run, workdir)
+def kill_when_saved(workdir, phase, log):
+    """Runs the program until the first checkpoint of a phase is whole."""
     folder = workdir / "checkpoints" / phase
     command = [sys.executable, "-m", "mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=REPO, stdout=output, stderr=output)
         deadline = time.monotonic() + 240
         while not checkpoints.steps(folder) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+
+
+def test_killed_in_every_phase_and_resumed_is_never_killed(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    before("perception", tiny_run, workdir)
+    for phase in ("perception", "reader", "manager"):
+        kill_when_saved(workdir, phase, tmp_path / "log")
     saved = checkpoints.steps(workdir / "checkpoints" / "manager")
     assert max(saved, default=0) < TINY["manager.num_steps"]
     done = run_module("mmmem_jax.main", *TINY_CONFIG, f"--workdir={workdir}")
