@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks import common
+from mmmem_jax.data import encoded
 from mmmem_jax.train import plan, sharding, world_job
 
 # data x group x model; of the topologies all devices.
@@ -40,7 +41,12 @@ def train(config, streams, mesh):
     start, update = world_job.manager_program(config, mesh, models.manager, models.reader)
     before = jax.device_get(start.params)
     state, update = sharding.place(mesh, start), jax.jit(update, donate_argnums=0)
-    loader = world_job._stream_loader(config, config.manager, streams)
+    loader = encoded.make_loader(
+        streams,
+        seed=config.seed,
+        batch_size=config.manager.batch_size,
+        questions_per_stream=config.manager.questions_per_stream,
+    )
     for _ in range(config.manager.num_steps):
         state, _ = update(state, sharding.put_batch(mesh, next(loader)))
     return before, jax.device_get(state.params)

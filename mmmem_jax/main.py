@@ -43,6 +43,12 @@ COMPILE_ONLY = flags.DEFINE_bool(
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "With --compile_only: TPUs such as v5p:8x8x4.", flag_values=FLAGS
 )
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "Updates of the manager to trace for xprof in WORKDIR/profile: FIRST:LAST, or how many.",
+    flag_values=FLAGS,
+)
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -93,6 +99,8 @@ def main(argv: list[str]) -> int | None:
         job = importlib.import_module(JOBS[config.job])
         plan = importlib.import_module("mmmem_jax.train.plan")
         return 0 if plan.report(job.plan_manager, config, TOPOLOGY.value) else 1
+    profile = importlib.import_module("mmmem_jax.train.profile")
+    steps = profile.parse_steps(PROFILE_STEPS.value) if PROFILE_STEPS.value is not None else None
     distributed = importlib.import_module("mmmem_jax.train.distributed")
     distributed.initialize(
         {
@@ -101,8 +109,9 @@ def main(argv: list[str]) -> int | None:
             "process_id": PROCESS_ID.value,
         }
     )
-    with distributed.ending_together("main"):
-        importlib.import_module(JOBS[config.job]).run(config, remote.folder(WORKDIR.value))
+    workdir = remote.folder(WORKDIR.value)
+    with distributed.ending_together("main"), profile.tracing(steps, workdir / "profile") as traced:
+        importlib.import_module(JOBS[config.job]).run(config, workdir, traced)
     return 0
 
 

@@ -124,6 +124,7 @@ def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
         (["--workdir=runs/x", "runs/y"], "unexpected argument"),
         (["--workdir=runs/x", "--topology=v5p:8x8x4"], "add --compile_only"),
         (["--compile_only", "--topology=v5q:8x8"], "unknown topology 'v5q:8x8'; some that are"),
+        (["--workdir=runs/x", "--profile_steps=7:3"], "--profile_steps is '7:3'; it must be FIRST"),
         (["--compile_only", "--config.mesh.group=99"], "asks for 1 x 99 x 1 devices"),
         (["--workdir=runs/x", "--config=configs/timed_text.py"], "config.data_dir is empty"),
         (["--workdir=runs/x", "--config.sib.credit=sate"], "config.sib.credit is 'sate'"),

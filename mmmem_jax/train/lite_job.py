@@ -32,6 +32,7 @@ from mmmem_jax.models.weights import default_cache_dir, fetch_imagenet_classes, 
 from mmmem_jax.policies.manager import SCHEMA_CONTEXT, Manager
 from mmmem_jax.train import checkpoints, checks, sharding, text_job
 from mmmem_jax.train.plan import Program
+from mmmem_jax.train.profile import OnUpdate
 
 LOG = logging.getLogger("mmmem_jax")
 # Test streams before this one were looked at while the config was chosen; those from 3000 to 3039
@@ -117,8 +118,8 @@ def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
     return Program(mesh, *program, batch)
 
 
-def train(config: ConfigDict, workdir: Path) -> Manager:
-    """Trains in `workdir`, or goes on where it was stopped.
+def train(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) -> Manager:
+    """Trains in `workdir`, or goes on where it was stopped; `on_update` sees every update.
 
     Raises:
       UserError: if the workdir is another config's, or the streams cannot be made.
@@ -135,16 +136,20 @@ def train(config: ConfigDict, workdir: Path) -> Manager:
             rows=rows,
         )
 
-    memory = memory_config(config, config.slots)
-    return text_job.learn(config, workdir, make_manager(config), make_loader, memory, visuals=True)
+    model, memory = make_manager(config), memory_config(config, config.slots)
+    return text_job.learn(
+        config, workdir, model, make_loader, memory, visuals=True, on_update=on_update
+    )
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) -> None:
     """The whole job; what is refused leaves no workdir behind.
+
+    `on_update` sees every update.
 
     Raises:
       UserError: if the config cannot be, or the workdir is another config's.
     """
     check_config(config)
-    train(config, workdir)
+    train(config, workdir, on_update)
     LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

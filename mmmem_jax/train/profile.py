@@ -32,11 +32,16 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def tracing(first: int, last: int, folder: Path) -> Iterator[OnUpdate]:
-    """Gives what writes a trace of updates `first` to `last` into a folder as it is called.
+def tracing(steps: tuple[int, int] | None, folder: Path) -> Iterator[OnUpdate | None]:
+    """Gives what writes a trace of these updates, first and last, into a folder as it is called.
 
-    One that is under way at the end is cut off there; if none was begun, a warning says so.
+    One that is under way at the end is cut off there; if none was begun, a warning says so. Where
+    there are no steps to trace, it gives None.
     """
+    if steps is None:
+        yield None
+        return
+    first, last = steps
     under_way = begun = False
 
     def stop():
@@ -52,7 +57,7 @@ def tracing(first: int, last: int, folder: Path) -> Iterator[OnUpdate]:
             stop()
         elif not begun and first - 1 <= step < last:
             jax.block_until_ready(state)  # so that nothing of earlier updates is in it
-            jax.profiler.start_trace(folder)
+            jax.profiler.start_trace(str(folder))
             under_way = begun = True
 
     try:
@@ -60,5 +65,5 @@ def tracing(first: int, last: int, folder: Path) -> Iterator[OnUpdate]:
     finally:
         if under_way:
             stop()
-        if not begun:
-            LOG.warning("nothing was traced: no update from %d to %d was made", first, last)
+    if not begun:
+        LOG.warning("nothing was traced: no update from %d to %d was made", first, last)

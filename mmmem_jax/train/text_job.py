@@ -34,6 +34,7 @@ from mmmem_jax.retrieval.text_search import evidence_mass
 from mmmem_jax.sib import update as sib
 from mmmem_jax.train import checkpoints, checks, distributed, sharding
 from mmmem_jax.train.plan import Program
+from mmmem_jax.train.profile import OnUpdate
 from mmmem_jax.train.trainer import FitConfig, fit
 from mmmem_jax.train.world_job import manager_optimizer
 
@@ -229,7 +230,12 @@ def calibrate_temperature(batch: EncodedStream, *, visuals: bool = False) -> flo
     return max(TEMPERATURES, key=lambda t: float(log_prob(t, args, questions.valid)))
 
 
-def train_manager(config: ConfigDict, workdir: Path, train_streams: list[EncodedStream]) -> Manager:
+def train_manager(
+    config: ConfigDict,
+    workdir: Path,
+    train_streams: list[EncodedStream],
+    on_update: OnUpdate | None = None,
+) -> Manager:
     """SIB-GRPO on segments of the training streams, in a workdir that is claimed now.
 
     Raises:
@@ -253,7 +259,7 @@ def train_manager(config: ConfigDict, workdir: Path, train_streams: list[Encoded
         )
 
     memory = memory_config(config, section.num_rows, None)
-    return learn(config, workdir, make_manager(config), make_loader, memory)
+    return learn(config, workdir, make_manager(config), make_loader, memory, on_update=on_update)
 
 
 def manager_program(
@@ -295,6 +301,7 @@ def learn(
     memory: MemoryConfig,
     *,
     visuals: bool = False,
+    on_update: OnUpdate | None = None,
 ) -> Manager:
     """SIB-GRPO on a loader's batches by `text_task`, in a workdir that is claimed now.
 
@@ -306,6 +313,7 @@ def learn(
         given rows, of these alone.
       memory: the memory that the manager fills.
       visuals: whether views are retrieved by text, as `retrieval.text_search` has it.
+      on_update: sees every update, see `trainer.fit`.
 
     Raises:
       UserError: if the mesh cannot be, or the workdir is another config's.
@@ -335,6 +343,7 @@ def learn(
             best="task_reward",
         ),
         put_batch=distributed.put_batch(split),
+        on_update=on_update,
     )
     return nnx.merge(nnx.graphdef(model), final.params)
 
@@ -353,13 +362,17 @@ def load_manager(config: ConfigDict, workdir: Path, step: int | None) -> tuple[M
 
 
 def train(
-    config: ConfigDict, workdir: Path, streams: Sequence[TextStream], space: TextSpace
+    config: ConfigDict,
+    workdir: Path,
+    streams: Sequence[TextStream],
+    space: TextSpace,
+    on_update: OnUpdate | None = None,
 ) -> Manager:
     """Trains in `workdir`, or goes on where it was stopped; a finished run is only loaded."""
     checkpoints.check_workdir(workdir, config.to_dict())
     if checkpoints.newest(workdir / "checkpoints" / "manager") == config.manager.num_steps:
         return load_manager(config, workdir, None)[0]
-    return train_manager(config, workdir, training_streams(config, streams, space))
+    return train_manager(config, workdir, training_streams(config, streams, space), on_update)
 
 
 def training_streams(
@@ -380,8 +393,10 @@ def training_streams(
     return encoded
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) -> None:
     """The whole job; what is refused, the config or the data, leaves no workdir behind.
+
+    `on_update` sees every update of the manager.
 
     Raises:
       UserError: if the config or the data cannot be, or the workdir is another config's.
@@ -390,5 +405,5 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_training(config)
     checkpoints.check_workdir(workdir, config.to_dict())
     streams = load_streams(config, with_options=False)
-    train(config, workdir, streams, fit_space(config, streams))
+    train(config, workdir, streams, fit_space(config, streams), on_update)
     LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

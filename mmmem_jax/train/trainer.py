@@ -14,6 +14,7 @@ import numpy as np
 from mmmem_jax.errors import UserError
 from mmmem_jax.train import checkpoints, distributed, preemption
 from mmmem_jax.train.metrics import LOG, MetricsWriter, Progress, check_finite
+from mmmem_jax.train.profile import OnUpdate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,7 @@ def fit(
     config: dict,
     fit_config: FitConfig,
     put_batch: Callable = jax.device_put,
+    on_update: OnUpdate | None = None,
 ):
     """Runs `update_fn(state, batch) -> (state, metrics)` until `num_steps`, or resumes.
 
@@ -150,6 +152,7 @@ def fit(
       config: whole config of the run, kept beside every checkpoint.
       fit_config: steps and intervals.
       put_batch: host batch to device batch.
+      on_update: called as `on_update(step, state)` before the first update and after each.
 
     Raises:
       UserError: if a metric, or a state about to be saved, is not finite.
@@ -171,11 +174,15 @@ def fit(
     progress = Progress(phase, fit_config.num_steps, step)
     try:
         with preemption.notice() as asked_to_stop:
+            if on_update:
+                on_update(step, state)
             while step < fit_config.num_steps and not stops:
                 batch = window.load(lambda: put_batch(next(loader)))
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, batch)
                 step += 1
+                if on_update:
+                    on_update(step, state)
                 window.add(metrics)
                 progress.advance()
                 last = step == fit_config.num_steps

@@ -27,6 +27,7 @@ from mmmem_jax.retrieval.top_down import RetrievalConfig
 from mmmem_jax.sib import update as sib
 from mmmem_jax.train import checkpoints, checks, distributed, reader_phase, sharding, state
 from mmmem_jax.train.plan import Program
+from mmmem_jax.train.profile import OnUpdate
 from mmmem_jax.train.trainer import FitConfig, fit
 
 LOG = logging.getLogger("mmmem_jax")
@@ -312,9 +313,14 @@ def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
 
 
 def train_manager(
-    config: ConfigDict, workdir: Path, model: Manager, reader: Reader, train: EncodedStream
+    config: ConfigDict,
+    workdir: Path,
+    model: Manager,
+    reader: Reader,
+    train: EncodedStream,
+    on_update: OnUpdate | None = None,
 ) -> Manager:
-    """SIB-GRPO with the reader fixed."""
+    """SIB-GRPO with the reader fixed; `on_update` sees every update."""
     section = config.manager
     mesh = sharding.make_mesh(**config.mesh)
     start, update = manager_program(config, mesh, model, reader)
@@ -333,12 +339,15 @@ def train_manager(
             best="task_reward",
         ),
         put_batch=distributed.put_batch(split),
+        on_update=on_update,
     )
     return nnx.merge(nnx.graphdef(model), final.params)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) -> None:
     """Trains all three phases in `workdir`, or goes on where it was stopped.
+
+    `on_update` sees every update of the manager.
 
     Raises:
       UserError: if the config cannot be; then nothing was written.
@@ -349,5 +358,5 @@ def run(config: ConfigDict, workdir: Path) -> None:
     eye = train_eye(config, workdir, models.eye)
     train, held_out = (perceived(config, eye, split) for split in ("train", "validation"))
     reader = train_reader(config, workdir, models.reader, train, held_out)
-    train_manager(config, workdir, models.manager, reader, train)
+    train_manager(config, workdir, models.manager, reader, train, on_update)
     LOG.info("done; next: python -m mmmem_jax.eval_main --workdir=%s", workdir)

@@ -29,7 +29,7 @@ def traced(monkeypatch):
         seen, step = {}, done
         monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.update(start=step))
         monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.update(stop=step))
-        with profile.tracing(first, last, "folder") as on_update:
+        with profile.tracing((first, last), "folder") as on_update:
             for step in range(done, num_steps + 1):
                 on_update(step, jnp.zeros(()))
         return seen
@@ -53,8 +53,15 @@ def test_traces_the_updates_asked_for(traced, done, num_steps, expected):
 
 
 def test_a_trace_is_left_in_the_folder(tmp_path):
-    with profile.tracing(1, 1, tmp_path) as on_update:
+    with profile.tracing((1, 1), tmp_path) as on_update:
         on_update(0, jnp.zeros(()))
         on_update(1, jnp.sin(jnp.ones(())))
     (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size
+
+
+def test_without_steps_nothing_is_traced(tmp_path, caplog):
+    with profile.tracing(None, tmp_path / "profile") as on_update:
+        assert on_update is None
+    assert not (tmp_path / "profile").exists()
+    assert not caplog.records

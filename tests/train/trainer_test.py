@@ -24,7 +24,9 @@ def make_streams(num_streams: int = 6) -> encoded.EncodedStream:
     return encoded.EncodedStream(**(blank | {"visual": column}))
 
 
-def fit(workdir, num_steps: int, *, loss_fn=None, seed: int = 0, rate=0.1, log_every: int = 1):
+def fit(
+    workdir, num_steps: int, *, loss_fn=None, seed: int = 0, rate=0.1, log_every: int = 1, **options
+):
     """A phase that walks its parameters by random amounts and by what the batch holds."""
 
     def noisy(params, rng_key, batch):
@@ -41,6 +43,7 @@ def fit(workdir, num_steps: int, *, loss_fn=None, seed: int = 0, rate=0.1, log_e
         workdir=workdir,
         config=CONFIG,
         fit_config=trainer.FitConfig(num_steps, log_every, 2, ("loss",), decisions_per_step=2),
+        **options,
     )
 
 
@@ -57,6 +60,13 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, pieces)
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "pieces")
     assert len({row["loss"] for row in rows_of(tmp_path / "whole")}) == 7
+
+
+def test_who_looks_on_sees_every_update(tmp_path):
+    seen = []
+    fit(tmp_path, 2, on_update=lambda step, state: seen.append((step, int(state.step))))
+    fit(tmp_path, 4, on_update=lambda step, state: seen.append((step, int(state.step))))
+    assert seen == [(0, 0), (1, 1), (2, 2), (2, 2), (3, 3), (4, 4)]
 
 
 def test_a_step_after_the_checkpoint_is_done_again(tmp_path):
