@@ -46,8 +46,9 @@ mkdir -p -- "$MMMEM_ARTEFACTS"
 export JAX_COMPILATION_CACHE_DIR=$venv/jax_cache # kept between runs
 cd -- "$stage/elsewhere"
 export MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax
-# What the tests of a file share is made once.
-"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+# What the tests of a file share is made once. Most programs run a few times, at toy size: to optimise
+# them would take longer than it saves.
+JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
 if ((!$#)); then
   echo 'Compiling ahead of time for TPUs'
   "$python" -m pytest -m aot
