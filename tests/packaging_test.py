@@ -106,7 +106,8 @@ class TestLaunch:
     """launch/local.sh in a stand-in clone, whose Python writes down how it is called."""
 
     @pytest.fixture
-    def clone(self, tmp_path):
+    def clone(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("PYTHON", raising=False)  # of test.sh, as .ci/run calls it
         clone = tmp_path / "a clone"
         (clone / "launch").mkdir(parents=True)
         for name in ("launch/local.sh", "launch/venv.sh", "pyproject.toml", "requirements.txt"):
