@@ -240,7 +240,9 @@ class TestScan:
         for t in range(24):
             item = jax.tree.map(lambda x, t=t: x[t], items)
             state = jit_step(state, item, output.action[t], strength[t])
-        assert same(state, last)
+        # Two programs, which may round differently.
+        for x, y in zip(*map(jax.tree.leaves, (state, last)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
     def test_step_ranks_by_time_unless_told(self):
         item = jax.tree.map(lambda x: x[3], toys.random_items(0, 4))
