@@ -13,11 +13,11 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,12 @@ _ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 # A batch is padded to the next of these lengths, so a corpus needs a dozen compiled programs.
-_LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_LENGTHS = tuple(n for power in range(3, 13) for n in (2**power, 3 * 2 ** (power - 1))) + (8192,)
+# What the model card of bge-*-en-v1.5 has before a short query that looks for longer passages.
+BGE_QUERY_PREFIX = "Represent this sentence for searching relevant passages: "
 
 _log = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class BertLayer(nnx.Module):
         return self.output_norm(x + self.down(self.activation(self.up(x))))
 
 
-class BertEncoder(nnx.Module):
-    """Token ids to unit-length sentence embeddings."""
+class BertBody(nnx.Module):
+    """Token ids to token states: the embeddings and the layers that every head shares."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -98,6 +101,23 @@ class BertEncoder(nnx.Module):
         self.types = nnx.Embed(config.type_vocab_size, width, rngs=rngs)
         self.norm = _layer_norm(config, rngs)
         self.layers = nnx.List(BertLayer(config, rngs=rngs) for _ in range(config.num_layers))
+
+    def states(
+        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], positions: Int[Array, "... L"]
+    ) -> Float[Array, "B L D"]:
+        """Returns the last layer's float32 states; `mask` is False on padding.
+
+        Call it under `jax.default_matmul_precision("highest")`, as the head that follows.
+        """
+        x = self.words(ids) + self.positions(positions) + self.types(jnp.zeros_like(ids))
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class BertEncoder(BertBody):
+    """Token ids to unit-length sentence embeddings."""
 
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
         """Encodes a padded batch.
@@ -112,10 +132,7 @@ class BertEncoder(nnx.Module):
         # Accelerators would round the inputs of float32 products; embeddings should not depend on
         # the machine that made them.
         with jax.default_matmul_precision("highest"):
-            x = self.words(ids) + self.positions(jnp.arange(ids.shape[1])) + self.types(ids * 0)
-            x = self.norm(x)
-            for layer in self.layers:
-                x = layer(x, mask)
+            x = self.states(ids, mask, jnp.arange(ids.shape[1]))
         if self.config.pooling == "cls":
             pooled = x[:, 0]
         else:
@@ -130,27 +147,29 @@ def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-# (checkpoint name, parameter path); the first full match wins. A path of None is not used.
-_KEY_MAP = (
-    (r"(bert\.)?embeddings\.position_ids", None),
-    (r"(bert\.)?pooler\..*|cls\..*", None),
-    (r"(bert\.)?embeddings\.word_embeddings\.weight", r"words.embedding"),
-    (r"(bert\.)?embeddings\.position_embeddings\.weight", r"positions.embedding"),
-    (r"(bert\.)?embeddings\.token_type_embeddings\.weight", r"types.embedding"),
-    (r"(bert\.)?embeddings\.LayerNorm\.(\w+)", r"norm.\2"),
-    (
-        r"(bert\.)?encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(\w+)",
-        r"layers.\2.\3.\4",
+# (checkpoint name, parameter path) of a BertBody; the first full match wins. A path of None is not
+# used.
+BODY_KEYS = (
+    (r"(bert\.|roberta\.)?embeddings\.position_ids", None),
+    (r"(bert\.|roberta\.)?embeddings\.word_embeddings\.weight", r"words.embedding"),
+    (r"(bert\.|roberta\.)?embeddings\.position_embeddings\.weight", r"positions.embedding"),
+    (r"(bert\.|roberta\.)?embeddings\.token_type_embeddings\.weight", r"types.embedding"),
+    (r"(bert\.|roberta\.)?embeddings\.LayerNorm\.(\w+)", r"norm.\2"),
+    *(
+        (rf"(bert\.|roberta\.)?encoder\.layer\.(\d+)\.{name}\.(\w+)", rf"layers.\2.{path}.\3")
+        for name, path in (
+            (r"attention\.self\.query", "query"),
+            (r"attention\.self\.key", "key"),
+            (r"attention\.self\.value", "value"),
+            (r"attention\.output\.dense", "out"),
+            (r"attention\.output\.LayerNorm", "attention_norm"),
+            (r"intermediate\.dense", "up"),
+            (r"output\.dense", "down"),
+            (r"output\.LayerNorm", "output_norm"),
+        )
     ),
-    (r"(bert\.)?encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"layers.\2.out.\3"),
-    (
-        r"(bert\.)?encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)",
-        r"layers.\2.attention_norm.\3",
-    ),
-    (r"(bert\.)?encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"layers.\2.up.\3"),
-    (r"(bert\.)?encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"layers.\2.down.\3"),
-    (r"(bert\.)?encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"layers.\2.output_norm.\3"),
 )
+_ENCODER_KEYS = (*BODY_KEYS, (r"(bert\.)?pooler\..*|cls\..*", None))
 
 
 def load_text_encoder(folder: str | Path) -> tuple[BertEncoder, Tokenizer]:
@@ -162,30 +181,55 @@ def load_text_encoder(folder: str | Path) -> tuple[BertEncoder, Tokenizer]:
     """
     folder = Path(folder)
     config = read_bert_config(folder)
+    encoder = load_model(lambda: BertEncoder(config, rngs=nnx.Rngs(0)), folder, _ENCODER_KEYS)
+    return encoder, load_tokenizer(folder, ("[CLS]", "[SEP]"), config.vocab_size)
+
+
+def load_model(
+    make_model: Callable[[], _Model], folder: Path, keys: Sequence[tuple[str, str | None]]
+) -> _Model:
+    """Fills what `make_model` makes, which is only shaped, with the folder's model.safetensors.
+
+    Args:
+      make_model: builds the model of the folder's config.json.
+      folder: a Hugging Face folder.
+      keys: (checkpoint name, parameter path) as in BODY_KEYS.
+
+    Raises:
+      UserError: the file is missing or unreadable, or a tensor is missing, unknown or misshapen.
+    """
     weights = _required(folder, "model.safetensors")
     try:
         tensors = safetensors.flax.load_file(weights)
     except safetensors.SafetensorError as error:
         raise UserError(f"{weights} is not a safetensors file ({error}); fetch it again") from error
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: BertEncoder(config, rngs=nnx.Rngs(0))))
-    state = _convert(tensors, abstract, weights)
+    graphdef, abstract = nnx.split(nnx.eval_shape(make_model))
+    return nnx.merge(graphdef, _convert(tensors, abstract, keys, weights))
+
+
+def load_tokenizer(folder: Path, special: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Reads the folder's tokenizer.json; it neither cuts nor pads.
+
+    Raises:
+      UserError: the file is missing or unreadable, lacks a `special` token or has more tokens than
+        the model's `vocab_size`.
+    """
+    path = _required(folder, "tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(_required(folder, "tokenizer.json")))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises no narrower class
-        raise UserError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
-    for token in ("[CLS]", "[SEP]"):
+        raise UserError(f"{path} is not a tokenizer ({error})") from error
+    for token in special:
         if tokenizer.token_to_id(token) is None:
-            raise UserError(
-                f"{folder / 'tokenizer.json'} has no {token}; a BERT tokenizer is needed"
-            )
-    if tokenizer.get_vocab_size() > config.vocab_size:
+            raise UserError(f"{path} has no {token}; it is not the tokenizer of this model")
+    if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens, the model"
-            f" {config.vocab_size}; take both from the same folder"
+            f"{path} has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}; take both"
+            " from the same folder"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return nnx.merge(graphdef, state), tokenizer
+    return tokenizer
 
 
 def read_bert_config(folder: Path) -> BertConfig:
@@ -193,43 +237,58 @@ def read_bert_config(folder: Path) -> BertConfig:
 
     Without a 1_Pooling/config.json the pooling is the mean, as sentence-transformers has it.
     """
-    path = _required(folder, "config.json")
-    config = _read_json(path)
     pooling = _read_json(folder / "1_Pooling" / "config.json", default={})
     sentence = _read_json(folder / "sentence_bert_config.json", default={})
-    if config.get("model_type") != "bert":
+    _, sizes = read_sizes(folder, "bert")
+    modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) > 1 or any(mode not in names for mode in modes):
+        raise UserError(f"{folder / '1_Pooling/config.json'} pools by {modes}; mean or cls is read")
+    positions = sizes["max_positions"]
+    return BertConfig(
+        **sizes,
+        pooling=names[modes[0]] if modes else "mean",
+        max_tokens=min(sentence.get("max_seq_length") or positions, positions),
+    )
+
+
+def read_sizes(folder: Path, model_type: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the config.json of a model with BERT's layers.
+
+    Returns:
+      config: the file's content.
+      sizes: the fields of BertConfig that it sets, all but `pooling` and `max_tokens`.
+
+    Raises:
+      UserError: the file is missing or unreadable, or is of another model than is read.
+    """
+    path = _required(folder, "config.json")
+    config = _read_json(path)
+    if config.get("model_type") != model_type:
         raise UserError(
-            f"{path} is of model_type {config.get('model_type')!r}; only 'bert' is read"
+            f"{path} is of model_type {config.get('model_type')!r}; only {model_type!r} is read"
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"{path} has positions that are not absolute; only these are read")
     if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
         raise UserError(f"{path} has hidden_act {config['hidden_act']!r}, not {[*_ACTIVATIONS]}")
-    modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) > 1 or any(mode not in names for mode in modes):
-        raise UserError(f"{folder / '1_Pooling/config.json'} pools by {modes}; mean or cls is read")
     if config.get("hidden_size", 0) % config.get("num_attention_heads", 1):
         raise UserError(f"{path} has a hidden_size that its attention heads do not divide")
     try:
-        return BertConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            intermediate_size=config["intermediate_size"],
-            max_positions=config["max_position_embeddings"],
-            type_vocab_size=config.get("type_vocab_size", 2),
-            layer_norm_eps=config.get("layer_norm_eps", 1e-12),
-            activation=config.get("hidden_act", "gelu"),
-            pooling=names[modes[0]] if modes else "mean",
-            max_tokens=min(
-                sentence.get("max_seq_length") or config["max_position_embeddings"],
-                config["max_position_embeddings"],
-            ),
-        )
+        sizes = {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": config["num_attention_heads"],
+            "intermediate_size": config["intermediate_size"],
+            "max_positions": config["max_position_embeddings"],
+            "type_vocab_size": config.get("type_vocab_size", 2),
+            "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
+            "activation": config.get("hidden_act", "gelu"),
+        }
     except KeyError as error:
-        raise UserError(f"{path} has no {error}; it is not a BERT's config.json") from error
+        raise UserError(f"{path} has no {error}; it is no whole {model_type!r} config") from error
+    return config, sizes
 
 
 def encode_texts(
@@ -237,6 +296,7 @@ def encode_texts(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
+    prefix: str = "",
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -246,15 +306,22 @@ def encode_texts(
       encoder: from load_text_encoder, as is `tokenizer`.
       tokenizer: splits a text into word pieces.
       texts: any number of texts; those over the encoder's max_tokens are cut.
+      prefix: an instruction to put before every text, such as BGE_QUERY_PREFIX before queries.
       batch_size: B of every compiled program.
       progress: show a progress bar.
 
     Returns:
       embeddings: float32 [len(texts), D], of length 1.
-      token_counts: int32 [len(texts)], word pieces without special tokens, before any cut.
+      token_counts: int32 [len(texts)], word pieces without special tokens, before any cut; the
+        prefix counts.
     """
     unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    pieces = [e.ids for e in tokenizer.encode_batch([*unique], add_special_tokens=False)]
+    pieces = [
+        encoding.ids
+        for encoding in tokenizer.encode_batch(
+            [prefix + text for text in unique], add_special_tokens=False
+        )
+    ]
     order = sorted(range(len(pieces)), key=lambda row: len(pieces[row]))
     embeddings = np.zeros((len(pieces), encoder.config.hidden_size), np.float32)
     first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
@@ -264,7 +331,7 @@ def encode_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens = [[first, *pieces[row][:room], last] for row in rows]
-            ids, mask = _pad(tokens, batch_size, encoder.config.max_tokens)
+            ids, mask = pad_batch(tokens, batch_size, encoder.config.max_tokens)
             embeddings[rows] = np.asarray(_encode(graphdef, params, ids, mask))[: len(rows)]
             bar.update(len(rows))
     index = np.array([unique[text] for text in texts], np.int64)
@@ -309,7 +376,15 @@ def _encode(
     return nnx.merge(graphdef, params)(ids, mask)
 
 
-def _pad(tokens: list[list[int]], rows: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_batch(
+    tokens: Sequence[Sequence[int]], rows: int, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads token lists on the right to one of few lengths, at most `max_tokens`.
+
+    Returns:
+      ids: int32 [rows, L], 0 on padding; mask: bool [rows, L], True on tokens. Rows past those of
+      `tokens` fill up the batch: one token 0 each.
+    """
     longest = max(len(ids) for ids in tokens)
     length = min(next((n for n in _LENGTHS if n >= longest), longest), max_tokens)
     ids = np.zeros((rows, length), np.int32)
@@ -321,12 +396,17 @@ def _pad(tokens: list[list[int]], rows: int, max_tokens: int) -> tuple[np.ndarra
     return ids, mask
 
 
-def _convert(tensors: Mapping[str, jax.Array], abstract: nnx.State, source: Path) -> nnx.State:
-    """Renames, transposes and checks a checkpoint's tensors against the encoder's parameters."""
+def _convert(
+    tensors: Mapping[str, jax.Array],
+    abstract: nnx.State,
+    keys: Sequence[tuple[str, str | None]],
+    source: Path,
+) -> nnx.State:
+    """Renames, transposes and checks a checkpoint's tensors against the model's parameters."""
     wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     found: dict[str, jax.Array] = {}
     for name, tensor in tensors.items():
-        path = _parameter_path(name)
+        path = _parameter_path(name, keys)
         if path is None:
             continue
         if path not in wanted:
@@ -347,9 +427,9 @@ def _convert(tensors: Mapping[str, jax.Array], abstract: nnx.State, source: Path
     return nnx.from_flat_state(flat)
 
 
-def _parameter_path(name: str) -> str | None:
-    """Returns the encoder's path for a checkpoint name, None if unused, the name if unknown."""
-    for pattern, path in _KEY_MAP:
+def _parameter_path(name: str, keys: Sequence[tuple[str, str | None]]) -> str | None:
+    """Returns the model's path for a checkpoint name, None if unused, the name if unknown."""
+    for pattern, path in keys:
         if match := re.fullmatch(pattern, name):
             if path is None:
                 return None

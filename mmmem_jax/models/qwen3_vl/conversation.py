@@ -1,0 +1,225 @@
+"""One conversation with a model on the host's side: show it frames, tell it text, let it speak.
+
+    speaker = load_speaker("Qwen3-VL-8B-Instruct")
+    talk = begin(speaker, num_slots=8192)
+    talk = show(speaker, tell(speaker, talk, "<|im_start|>user\\n"), see(speaker, frames, seconds))
+    place = mark(talk)             # what comes after can be forgotten: rewind(talk, place)
+    talk = tell(speaker, talk, "What happens?<|im_end|>\\n<|im_start|>assistant\\n")
+    said, talk = say(speaker, talk, max_new_tokens=64)
+
+Frames are encoded once, by `see`, however often they are shown; what was read stays in the cache, so
+a prompt that begins as the last one did costs only what is new in it.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from mmmem_jax.errors import UserError
+from mmmem_jax.models.qwen3_vl import generate, inputs, lora, params
+from mmmem_jax.models.qwen3_vl.attention import best_implementation
+from mmmem_jax.models.qwen3_vl.chat import Chat, load_chat
+from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig
+from mmmem_jax.models.qwen3_vl.images import Visual
+from mmmem_jax.models.qwen3_vl.inputs import Prompt
+from mmmem_jax.models.qwen3_vl.modeling import Cache, init_cache
+from mmmem_jax.models.qwen3_vl.videos import VideoConfig, read_video_config, video_visual
+from mmmem_jax.models.qwen3_vl.vision import VisualTokens, visual_inputs
+
+
+class Speaker(NamedTuple):
+    """A model and what turns words and frames into its inputs."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    config: Qwen3VLConfig
+    chat: Chat
+    video: VideoConfig
+    dtype: jnp.dtype
+
+
+class Seen(NamedTuple):
+    """Frames that the vision tower has encoded."""
+
+    visual: VisualTokens
+    frame_tokens: int  # rows of `visual` that a frame takes
+    shown: Visual  # grid and times; without the patches
+
+
+class Talk(NamedTuple):
+    """A conversation so far; handed to a function it is taken over: use what is returned."""
+
+    cache: Cache
+    length: int  # slots written
+    position: int  # of the next token
+    tokens_read: int  # by the model, those written included
+
+
+class Said(NamedTuple):
+    """What the model wrote, without the token that ended it."""
+
+    text: str
+    ids: tuple[int, ...]  # with the token that ended it
+    log_probs: tuple[float, ...]  # of `ids`, nats, under the distribution sampled from
+    ended: bool  # False: cut off at max_new_tokens
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 where the hardware multiplies it, float32 on CPUs."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def load_speaker(
+    name_or_path: str | Path, *, adapter: str | Path | None = None, dtype=None
+) -> Speaker:
+    """Loads an official folder, or the one of a repo id, and a PEFT adapter onto it.
+
+    Raises:
+      UserError: if a file is missing, broken, or of another model.
+    """
+    folder = params.resolve(name_or_path)
+    dtype = dtype or default_dtype()
+    model = params.load_model(
+        folder, dtype=dtype, attention=best_implementation(jax.default_backend())
+    )
+    if adapter is not None:
+        model = lora.with_adapter(model, adapter)
+    graphdef, state = nnx.split(model)
+    config = model.config
+    return Speaker(
+        graphdef, state, config, load_chat(folder, config), read_video_config(folder), dtype
+    )
+
+
+def see(speaker: Speaker, frames: UInt8[np.ndarray, "T H W 3"], seconds) -> Seen:
+    """Encodes video frames, shown at `seconds` [T], in order.
+
+    Raises:
+      UserError: if there are none, or they are too small.
+    """
+    shown = video_visual(frames, seconds, speaker.video)
+    pixels = shown.pixels
+    num_frames = 1 << max(pixels.grid[0] - 1, 0).bit_length()  # few shapes, so few programs
+    batch = visual_inputs(
+        [(pixels.patches, pixels.grid)], speaker.config.vision, num_frames=num_frames
+    )
+    visual = generate.encode_visual(speaker.graphdef, speaker.params, batch)
+    frame_tokens = batch.patches.shape[1] // speaker.config.vision.merge_unit
+    grid_only = pixels._replace(patches=pixels.patches[:0])
+    return Seen(visual, frame_tokens, shown._replace(pixels=grid_only))
+
+
+def begin(speaker: Speaker, num_slots: int) -> Talk:
+    """An empty conversation with room for `num_slots` tokens.
+
+    Raises:
+      UserError: if the model knows no positions as high.
+    """
+    most = speaker.config.text.max_positions
+    if not 0 < num_slots <= most:
+        raise UserError(f"a context of {num_slots} tokens cannot be; this model takes 1 to {most}")
+    return Talk(init_cache(speaker.config.text, 1, num_slots, speaker.dtype), 0, 0, 0)
+
+
+def tell(speaker: Speaker, talk: Talk, text: str) -> Talk:
+    """Lets the model read text; special tokens in it become themselves.
+
+    Raises:
+      UserError: if the context has no room for it.
+    """
+    return _read(speaker, talk, inputs.encode_text(speaker.chat, text, start=talk.position), None)
+
+
+def show(speaker: Speaker, talk: Talk, seen: Seen) -> Talk:
+    """Lets the model look at encoded frames, each after the text of its time.
+
+    Raises:
+      UserError: if the context has no room for them.
+    """
+    piece = inputs.encode_visual(speaker.chat, seen.shown, first_frame=0, start=talk.position)
+    return _read(speaker, talk, piece, seen.visual, seen.frame_tokens)
+
+
+def mark(talk: Talk) -> Talk:
+    """A place to `rewind` to, any number of times."""
+    return talk._replace(cache=generate.marked(talk.cache))
+
+
+def rewind(talk: Talk, place: Talk) -> Talk:
+    """The conversation as it was at `place`; what was read since still counts as read."""
+    return place._replace(
+        cache=generate.rewind(talk.cache, place.cache), tokens_read=talk.tokens_read
+    )
+
+
+def choose(speaker: Speaker, talk: Talk, ids: tuple[int, ...]) -> Float[np.ndarray, "O"]:
+    """Log-probabilities of the tokens `ids` to come next, among themselves (float32, nats)."""
+    found = generate.next_log_probs(speaker.graphdef, speaker.params, talk.cache, ids=ids)
+    return np.asarray(found[0])
+
+
+def say(
+    speaker: Speaker,
+    talk: Talk,
+    *,
+    max_new_tokens: int,
+    rng_key: jax.Array | None = None,
+    temperature: float = 0.0,
+    first_ids: tuple[int, ...] = (),
+) -> tuple[Said, Talk]:
+    """Lets the model write until it ends its turn.
+
+    Args:
+      speaker: who.
+      talk: after what.
+      max_new_tokens: at most.
+      rng_key: for temperatures above 0.
+      temperature: 0 takes the likeliest token.
+      first_ids: the only tokens that may come first; see generate.decode.
+
+    Raises:
+      UserError: if the context has no room for so many.
+    """
+    inputs.check_context(talk.length, talk.cache.valid.shape[1], new_tokens=max_new_tokens)
+    out, cache = generate.decode(
+        speaker.graphdef,
+        speaker.params,
+        jax.random.key(0) if rng_key is None else rng_key,
+        talk.cache,
+        max_new_tokens=max_new_tokens,
+        stop_ids=speaker.chat.stop_ids,
+        temperature=jnp.float32(temperature),
+        first_ids=first_ids,
+    )
+    out, length, position = jax.device_get((out, cache.length, cache.next_position))
+    count = int(out.valid[0].sum())
+    ids = out.ids[0, :count].tolist()
+    ended = ids[-1] in speaker.chat.stop_ids
+    words = ids[:-1] if ended else ids
+    said = Said(
+        speaker.chat.tokenizer.decode(words),
+        tuple(ids),
+        tuple(out.log_probs[0, :count].tolist()),
+        ended,
+    )
+    read = talk.tokens_read + int(length) - talk.length
+    return said, Talk(cache, int(length), int(position[0]), read)
+
+
+def _read(
+    speaker: Speaker, talk: Talk, piece: Prompt, visual: VisualTokens | None, frame_tokens: int = 0
+) -> Talk:
+    """Reads a piece, padded to one of few lengths."""
+    count, slots = len(piece.ids), talk.cache.valid.shape[1]
+    inputs.check_context(talk.length + count, slots)
+    padded = min(inputs.bucket_length(count), slots - talk.length)
+    tokens = inputs.batch(
+        [piece], pad_to=padded, pad_id=speaker.chat.text_end_id, frame_tokens=frame_tokens
+    )
+    cache = generate.prefill(speaker.graphdef, speaker.params, tokens, visual, talk.cache)
+    return Talk(cache, talk.length + padded, piece.next_position, talk.tokens_read + count)
