@@ -29,9 +29,7 @@ class Generated(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def encode_visual(
-    graphdef: nnx.GraphDef, params: nnx.State, inputs: VisualInputs
-) -> VisualTokens:
+def encode_visual(graphdef: nnx.GraphDef, params: nnx.State, inputs: VisualInputs) -> VisualTokens:
     """The vision tower, jitted."""
     return nnx.merge(graphdef, params).vision(inputs)
 

@@ -135,7 +135,7 @@ def rotation(
     _, height, width = config.mrope_section
     axis = jnp.where((i % 3 == 1) & (i < 3 * height), 1, 0)
     axis = jnp.where((i % 3 == 2) & (i < 3 * width), 2, axis)
-    angles = positions.astype(jnp.float32)[..., axis] * frequencies
+    angles = jnp.asarray(positions, jnp.float32)[..., axis] * frequencies
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
