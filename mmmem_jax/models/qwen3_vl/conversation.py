@@ -7,8 +7,8 @@
     talk = tell(speaker, talk, "What happens?<|im_end|>\\n<|im_start|>assistant\\n")
     said, talk = say(speaker, talk, max_new_tokens=64)
 
-Frames are encoded once, by `see`, however often they are shown; what was read stays in the cache, so
-a prompt that begins as the last one did costs only what is new in it.
+Frames are encoded once, by `see`, however often they are shown; what was read stays in the cache,
+so a prompt that begins as the last one did costs only what is new in it.
 """
 
 from pathlib import Path
@@ -102,6 +102,8 @@ def see(speaker: Speaker, frames: UInt8[np.ndarray, "T H W 3"], seconds) -> Seen
     Raises:
       UserError: if there are none, or they are too small.
     """
+    if len(frames) == 1:  # a temporal patch takes two
+        frames, seconds = np.repeat(frames, 2, axis=0), np.repeat(seconds, 2)
     shown = video_visual(frames, seconds, speaker.video)
     pixels = shown.pixels
     num_frames = 1 << max(pixels.grid[0] - 1, 0).bit_length()  # few shapes, so few programs

@@ -72,7 +72,7 @@ def marked(cache: Cache) -> Cache:
 
 
 def rewind(cache: Cache, mark: Cache) -> Cache:
-    """Forgets what was read after `mark`, which serves any number of times; `cache` is taken over."""
+    """Forgets what was read after `mark`, which serves any number of times; takes `cache` over."""
     return marked(mark).replace(keys=cache.keys, values=cache.values)
 
 

@@ -1,4 +1,4 @@
-"""The language model: a Qwen3 decoder with M-RoPE, whose layers are one module of stacked parameters.
+"""The language model: a Qwen3 decoder with M-RoPE; its layers are one module, stacked.
 
 Grouped-query attention with normalised queries and keys, SwiGLU, and rotary positions of time,
 height and width interleaved over the frequencies. Report: arXiv 2511.21631.

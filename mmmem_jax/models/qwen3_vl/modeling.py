@@ -1,4 +1,4 @@
-"""Qwen3-VL as one module: frames and tokens in, hidden states and logits out, with or without cache.
+"""Qwen3-VL as one module: frames and tokens in, hidden states and logits out, cached or not.
 
 model = Qwen3VL(config, rngs=nnx.Rngs(0))
 visual = model.vision(visual_inputs)

@@ -1,0 +1,123 @@
+"""Tests of mmmem_jax/models/qwen3_vl/conversation.py, on a random model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmmem_jax.errors import UserError
+from mmmem_jax.models.qwen3_vl import conversation
+from mmmem_jax.models.qwen3_vl.conversation import (
+    begin,
+    choose,
+    load_speaker,
+    mark,
+    rewind,
+    say,
+    see,
+    show,
+    tell,
+)
+from mmmem_jax.testing.qwen3_vl import write_checkpoint
+
+SLOTS = 192
+OPENING = "<|im_start|>user\nLook at this video.\n"
+ASKED = "What is it?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    return load_speaker(write_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def seen(speaker):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3)).astype(np.uint8)
+    return see(speaker, frames, [0.0, 0.5, 1.0, 1.5])
+
+
+def words(speaker):
+    return tuple(speaker.chat.tokenizer.token_to_id(f"Ġ{word}") for word in ("yes", "no", "red"))
+
+
+def test_what_was_read_before_counts(speaker, seen):
+    ids = words(speaker)
+    talk = tell(speaker, begin(speaker, SLOTS), OPENING)
+    blind = choose(speaker, tell(speaker, talk, ASKED), ids)
+    talk = tell(speaker, begin(speaker, SLOTS), OPENING)
+    found = choose(speaker, tell(speaker, show(speaker, talk, seen), ASKED), ids)
+    assert np.exp(found).sum() == pytest.approx(1.0, abs=1e-5)
+    assert np.abs(found - blind).max() > 1e-3
+
+
+def test_rewound_it_answers_as_if_it_had_not_heard(speaker, seen):
+    ids = words(speaker)
+    talk = show(speaker, tell(speaker, begin(speaker, SLOTS), OPENING), seen)
+    place = mark(talk)
+    straight = tell(speaker, talk, ASKED)
+    wanted, read = choose(speaker, straight, ids), straight.tokens_read
+    talk = rewind(tell(speaker, rewind(straight, place), " no no no"), place)
+    assert (talk.length, talk.position) == (place.length, place.position)
+    talk = tell(speaker, talk, ASKED)
+    np.testing.assert_allclose(choose(speaker, talk, ids), wanted, atol=1e-5)
+    assert talk.tokens_read > read  # what was forgotten had to be read
+
+
+def test_counts_tokens_not_padding(speaker, seen):
+    talk = begin(speaker, SLOTS)
+    for piece in (OPENING, ASKED):
+        before = talk.tokens_read
+        talk = tell(speaker, talk, piece)
+        count = len(speaker.chat.tokenizer.encode(piece, add_special_tokens=False).ids)
+        assert talk.tokens_read - before == count
+    assert talk.position == talk.tokens_read  # of text alone
+    assert int(talk.cache.valid.sum()) == talk.tokens_read
+    after = show(speaker, talk, seen)
+    assert after.position - talk.position < after.tokens_read - talk.tokens_read
+
+
+def test_says_what_it_may_and_how_likely_it_was(speaker):
+    ids = words(speaker)
+    talk = tell(speaker, begin(speaker, SLOTS), OPENING + ASKED)
+    wanted = choose(speaker, talk, ids)
+    said, after = say(speaker, talk, max_new_tokens=4, first_ids=ids)
+    assert said.ids[0] == ids[int(wanted.argmax())]
+    assert said.log_probs[0] == pytest.approx(float(wanted.max()), abs=1e-5)
+    assert len(said.ids) == len(said.log_probs) <= 4
+    assert said.ended == (said.ids[-1] in speaker.chat.stop_ids)
+    assert after.tokens_read == after.position  # all but the last, which nobody has read
+    again = tell(speaker, begin(speaker, SLOTS), OPENING + ASKED)
+    key = jax.random.key(1)
+    drawn, _ = say(speaker, again, max_new_tokens=4, temperature=5.0, rng_key=key)
+    assert drawn.ids != said.ids
+
+
+def test_a_clip_of_one_frame_is_a_video(speaker):
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    one, two = see(speaker, frames, [3.0]), see(speaker, frames.repeat(2, 0), [3.0, 3.0])
+    jax.tree.map(np.testing.assert_array_equal, one.visual, two.visual)
+
+
+def test_no_frames(speaker):
+    with pytest.raises(UserError, match="no frames"):
+        see(speaker, np.zeros((0, 64, 64, 3), np.uint8), [])
+
+
+def test_a_prompt_longer_than_the_context_says_by_how_much(speaker, seen):
+    talk = tell(speaker, begin(speaker, 24), "a" * 20)
+    with pytest.raises(UserError, match=r"\d+ more than the context of 24"):
+        show(speaker, talk, seen)
+    with pytest.raises(UserError, match="10 new ones are 10 more than the context of 24"):
+        say(speaker, talk, max_new_tokens=10)
+
+
+@pytest.mark.parametrize("slots", [0, 10**9])
+def test_a_context_that_cannot_be(speaker, slots):
+    with pytest.raises(UserError, match=r"this model takes 1 to \d+"):
+        begin(speaker, slots)
+
+
+def test_dtype_follows_the_machine(monkeypatch):
+    assert conversation.default_dtype() == jnp.float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert conversation.default_dtype() == jnp.bfloat16
