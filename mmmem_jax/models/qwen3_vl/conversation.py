@@ -11,6 +11,7 @@ Frames are encoded once, by `see`, however often they are shown; what was read s
 so a prompt that begins as the last one did costs only what is new in it.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import generate, inputs, lora, params
 from mmmem_jax.models.qwen3_vl.attention import best_implementation
 from mmmem_jax.models.qwen3_vl.chat import Chat, load_chat
-from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig
+from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, read_config
 from mmmem_jax.models.qwen3_vl.images import Visual
 from mmmem_jax.models.qwen3_vl.inputs import Prompt
 from mmmem_jax.models.qwen3_vl.modeling import Cache, init_cache
 from mmmem_jax.models.qwen3_vl.videos import VideoConfig, read_video_config, video_visual
 from mmmem_jax.models.qwen3_vl.vision import VisualTokens, visual_inputs
+from mmmem_jax.train.sharding import make_mesh
 
 
 class Speaker(NamedTuple):
@@ -74,10 +77,30 @@ def default_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+def default_mesh(config: Qwen3VLConfig) -> Mesh | None:
+    """All accelerators of this host that its heads can be split over; None where that is one."""
+    devices = jax.local_devices()
+    size = math.gcd(len(devices), config.text.num_kv_heads)
+    if jax.default_backend() == "cpu" or size == 1:
+        return None
+    return make_mesh(1, 1, size, devices=devices)
+
+
 def load_speaker(
-    name_or_path: str | Path, *, adapter: str | Path | None = None, dtype=None
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype=None,
+    mesh: Mesh | None = None,
 ) -> Speaker:
     """Loads an official folder, or the one of a repo id, and a PEFT adapter onto it.
+
+    Args:
+      name_or_path: folder or repo id.
+      adapter: folder of the adapter; None: none.
+      dtype: of parameters and activations; None: `default_dtype()`.
+      mesh: of axes data, group and model, the parameters being split over model; None:
+        `default_mesh` of the config.
 
     Raises:
       UserError: if a file is missing, broken, or of another model.
@@ -85,7 +108,10 @@ def load_speaker(
     folder = params.resolve(name_or_path)
     dtype = dtype or default_dtype()
     model = params.load_model(
-        folder, dtype=dtype, attention=best_implementation(jax.default_backend())
+        folder,
+        dtype=dtype,
+        mesh=mesh or default_mesh(read_config(folder)),
+        attention=best_implementation(jax.default_backend()),
     )
     if adapter is not None:
         model = lora.with_adapter(model, adapter)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import conversation
@@ -18,7 +19,8 @@ from mmmem_jax.models.qwen3_vl.conversation import (
     show,
     tell,
 )
-from mmmem_jax.testing.qwen3_vl import write_checkpoint
+from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
+from mmmem_jax.train.sharding import make_mesh
 
 SLOTS = 192
 OPENING = "<|im_start|>user\nLook at this video.\n"
@@ -26,8 +28,13 @@ ASKED = "What is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
-    return load_speaker(write_checkpoint(tmp_path_factory.mktemp("model")))
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+    return load_speaker(folder)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +128,25 @@ def test_dtype_follows_the_machine(monkeypatch):
     assert conversation.default_dtype() == jnp.float32
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert conversation.default_dtype() == jnp.bfloat16
+
+
+def test_split_over_devices_it_says_the_same(speaker, folder, seen):
+    ids, split = words(speaker), load_speaker(folder, mesh=make_mesh(1, 1, 2))
+    kernel = nnx.merge(split.graphdef, split.params).layers.q_proj.kernel[...]
+    assert len(kernel.sharding.device_set) == 2
+    found = []
+    for someone in (speaker, split):
+        talk = tell(someone, begin(someone, SLOTS), OPENING)
+        talk = show(someone, talk, seen._replace(visual=jax.device_get(seen.visual)))
+        found.append(choose(someone, tell(someone, talk, ASKED), ids))
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_all_accelerators_of_a_host_that_divide_the_heads(monkeypatch):
+    assert conversation.default_mesh(TINY) is None  # CPUs
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for count, size in ((8, 2), (4, 2), (1, None)):
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(jax, "local_devices", lambda devices=devices: devices)
+        mesh = conversation.default_mesh(TINY)
+        assert (mesh and mesh.shape["model"]) == size
