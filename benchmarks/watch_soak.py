@@ -35,6 +35,7 @@ from benchmarks import common
 from benchmarks.long_video import repeat
 from mmmem_jax import store
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.conse import SeeFn
 from mmmem_jax.perception import decode, lite
 from mmmem_jax.video import build, watch
 
@@ -75,18 +76,18 @@ def growth(values: Sequence[float]) -> float:
     return round(last / second - 1, 4)
 
 
-def soak(builder: build.Builder, video: Path, folder: Path, speed: float) -> dict:
-    """Watches the whole of `video`."""
+def soak(builder: build.Builder, see: SeeFn, video: Path, folder: Path, speed: float) -> dict:
+    """Watches the whole of `video`; `see` is what the builder sees with."""
     resident, seconds, fixed, delays = [], [], [], []
     pictures = np.zeros((FIXED, 240, 320, 3), np.uint8)
-    builder.perception.see(pictures)  # compiled
+    see(pictures)  # compiled
 
     def note(done: watch.Remembered) -> None:
         resident.append(resident_mb())
         seconds.append(done.seconds_per_frame)
         delays.append(done.delay)
         since = time.perf_counter()
-        builder.perception.see(pictures)
+        see(pictures)
         fixed.append((time.perf_counter() - since) / FIXED)
 
     started = time.perf_counter()
@@ -153,12 +154,13 @@ def measure(args) -> dict:
     duration = decode.probe(str(args.video)).duration
     hours = args.hours or (2.0 if args.full else 0.1)
     times = max(round(hours * 3600 / duration), 1)
-    builder = build.make_builder(build.Settings(args.policy, slots=args.slots))
+    perception = lite.load_perception()
+    builder = build.make_builder(build.Settings(args.policy, slots=args.slots), perception)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "memory"
         watch.watch(builder, str(args.video), folder, "warm", speed=args.speed)
         long = repeat(args.video, Path(scratch) / f"long{args.video.suffix}", times)
-        result = soak(builder, long, folder, args.speed)
+        result = soak(builder, perception.see, long, folder, args.speed)
         fast = repeat(args.video, Path(scratch) / f"fast{args.video.suffix}", max(times // 10, 1))
         result["overload"] = overload(builder, fast, folder, 20 * args.speed)
         result |= lost_after_kill(fast, folder, args.policy, 3, args.speed)

@@ -9,6 +9,7 @@ Everything runs on this machine; the weights (about 100 MB) are fetched once.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -16,12 +17,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmmem_jax.errors import UserError
 
 DEFAULT_SLOTS = 512
+BACKBONES = ("lite", "qwen3_vl")
+_QWEN3_VL_FLAGS = ("checkpoint", "adapter", "text_encoder", "reranker", "context", "mode")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +69,13 @@ def _slots(text: str) -> int:
     return value
 
 
+def _tokens(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all four commands; `args.run(args)` runs the chosen one."""
     parser = _Parser(
@@ -88,10 +98,31 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 
 def _memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy",
+        "--backbone",
+        choices=("lite", "qwen3_vl"),
         default="lite",
-        help="who decides what is kept: the manager trained for these features (lite, the default),"
-        " a fixed rule such as keep_recent, or the workdir of a run of configs/lite.py",
+        help="what looks at the video: small networks (lite, the default), or the paper's model",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="the Qwen3-VL of --backbone=qwen3_vl: a folder, or a repo id such as"
+        " Qwen/Qwen3-VL-8B-Instruct",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA for it, as PEFT saves them")
+    parser.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="a BERT that embeds its texts, such as BAAI/bge-large-en-v1.5 (default:"
+        " all-MiniLM-L6-v2)",
+    )
+    parser.add_argument(
+        "--context", type=_tokens, metavar="TOKENS", help="that it may read (default: 8192)"
+    )
+    parser.add_argument(
+        "--policy",
+        help="who decides what is kept: the backbone's own manager (the default), a fixed rule such"
+        " as keep_recent, or with lite the workdir of a run of configs/lite.py",
     )
     parser.add_argument(
         "--slots",
@@ -141,6 +172,35 @@ def _add_ask(commands) -> None:
         action="store_true",
         help="let a small language model (SmolLM2-135M, 93 MB) word the answer",
     )
+    model = parser.add_argument_group("memories of --backbone qwen3_vl")
+    model.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        help="what the memory was made with (default: what it says of itself)",
+    )
+    model.add_argument(
+        "--checkpoint", metavar="DIR", help="folder or Hugging Face name of the Qwen3-VL to ask"
+    )
+    model.add_argument("--adapter", metavar="DIR", help="PEFT adapter onto the checkpoint")
+    model.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="sentence encoder that the memory was made with (default: MiniLM)",
+    )
+    model.add_argument(
+        "--reranker", metavar="DIR", help="cross-encoder that ranks entities (default: none)"
+    )
+    model.add_argument(
+        "--context",
+        type=_tokens,
+        metavar="N",
+        help="tokens a prompt may have (default: 8192, or all that the model knows)",
+    )
+    model.add_argument(
+        "--mode",
+        choices=("likelihood", "generate"),
+        help="choose the option with the likeliest letter (default), or the letter that is written",
+    )
 
 
 def _add_watch(commands) -> None:
@@ -163,6 +223,37 @@ def _add_report(commands) -> None:
     )
 
 
+def _settings(args: argparse.Namespace):
+    """build.Settings of the flags; those of another backbone are refused."""
+    from mmmem_jax.video.build import Settings
+
+    names = ("checkpoint", "adapter", "text_encoder", "context")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.backbone == "lite" and given:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise UserError(f"{flag} is of --backbone=qwen3_vl; add that, or leave {flag} out")
+    if args.backbone == "qwen3_vl" and not args.checkpoint:
+        raise UserError("--backbone=qwen3_vl needs --checkpoint; give a Qwen3-VL's folder")
+    policy = args.policy or args.backbone
+    return Settings(policy=policy, slots=args.slots, backbone=args.backbone, **given)
+
+
+@contextlib.contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Says in one line what to lower where the device has no room."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has no memory left; lower --context, take a smaller --checkpoint, or free"
+            " the device"
+        ) from error
+
+
 def _build(args: argparse.Namespace) -> None:
     from mmmem_jax.video import build
 
@@ -171,41 +262,86 @@ def _build(args: argparse.Namespace) -> None:
     if args.subtitles and len(args.videos) > 1:
         raise UserError("--subtitles is of one video; build them one by one to give each its own")
     _use_compilation_cache()
-    settings = build.Settings(policy=args.policy, slots=args.slots)
+    settings = _settings(args)
     build.check(args.videos)
-    builder = build.make_builder(settings)
-    for video in args.videos:
-        built = build.build(
-            builder, video, args.memory, name=args.name, subtitle_file=args.subtitles,
-            again=args.again,
-        )  # fmt: skip
-        print(build.told(built))
+    with _out_of_memory_told():
+        builder = build.make_builder(settings)
+        for video in args.videos:
+            built = build.build(
+                builder, video, args.memory, name=args.name, subtitle_file=args.subtitles,
+                again=args.again,
+            )  # fmt: skip
+            print(build.told(built))
 
 
 def _ask(args: argparse.Namespace) -> None:
     from mmmem_jax.video import ask
 
+    backbone = args.backbone or ask.backbone_of(args.memory, args.video)
+    _check_backbone(args, backbone)
     _use_compilation_cache()
+    with _out_of_memory_told():
+        answer = _ask_lite(args) if backbone == "lite" else _ask_qwen3_vl(args)
+    print(json.dumps(ask.as_json(answer), indent=1) if args.json else ask.told(answer))
+
+
+def _check_backbone(args: argparse.Namespace, backbone: str) -> None:
+    """Raises UserError for flags of the other backbone, and for a checkpoint that is not given."""
+    if backbone not in BACKBONES:
+        raise UserError(f"{args.memory} was made with {backbone!r}, which this version cannot ask")
+    if backbone == "qwen3_vl":
+        if args.checkpoint is None:
+            raise UserError(
+                f"{args.memory} is asked with qwen3_vl: give --checkpoint DIR, the model's folder"
+            )
+        if args.lm:
+            raise UserError("--lm is for lite memories; qwen3_vl words its answers itself")
+        return
+    for flag in _QWEN3_VL_FLAGS:
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} is for qwen3_vl; {args.memory} is asked with lite")
+
+
+def _ask_lite(args: argparse.Namespace):
+    from mmmem_jax.video import ask
+
     word_fn = None
     if args.lm:
         from mmmem_jax.video.wording import load_word_fn
 
         word_fn = load_word_fn()
-    answer = ask.ask(
+    return ask.ask(
         args.memory, args.question, options=args.options, at=args.at, videos=args.video,
         word_fn=word_fn,
     )  # fmt: skip
-    print(json.dumps(ask.as_json(answer), indent=1) if args.json else ask.told(answer))
+
+
+def _ask_qwen3_vl(args: argparse.Namespace):
+    from mmmem_jax.video import qwen3_vl_ask as ask
+
+    def load():
+        return ask.load_thinker(
+            args.checkpoint, adapter=args.adapter, text_encoder=args.text_encoder,
+            reranker=args.reranker, context=args.context,
+        )  # fmt: skip
+
+    return ask.ask(
+        args.memory, args.question, load, options=args.options, at=args.at, videos=args.video,
+        config=ask.AnswerConfig(mode=args.mode or "likelihood"),
+    )  # fmt: skip
 
 
 def _watch(args: argparse.Namespace) -> None:
     from mmmem_jax.video import build, watch
 
     _use_compilation_cache()
-    builder = build.make_builder(build.Settings(policy=args.policy, slots=args.slots))
-    watched = watch.watch(
-        builder, args.source, args.memory, args.name, speed=args.speed, again=args.again
-    )
+    settings = _settings(args)
+    with _out_of_memory_told():
+        builder = build.make_builder(settings)
+        watched = watch.watch(
+            builder, args.source, args.memory, args.name, speed=args.speed, again=args.again
+        )
     print(watch.told(watched))
 
 

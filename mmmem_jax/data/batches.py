@@ -1,4 +1,4 @@
-"""Batches of an endless dataset, of which every process may load a part."""
+"""Batches of an endless dataset, of which every process may load a part, and draws within one."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,17 @@ import jax
 import numpy as np
 
 
+def valid_first(valid: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """`size` indices of `valid` (all, if it has fewer) in random order, valid ones first."""
+    return np.argsort(rng.random(len(valid)) + ~np.asarray(valid), kind="stable")[:size]
+
+
 def batches(
-    elements: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None
+    elements: grain.MapDataset,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    *,
+    ahead: int = 500,
 ) -> grain.DatasetIterator:
     """An iterator of batches [B, ...] of an endless dataset, or of some rows of each.
 
@@ -19,6 +28,7 @@ def batches(
       elements: endless (repeated); trees of arrays or numbers.
       batch_size: B, of the whole batch.
       rows: those to load, in order; all by default.
+      ahead: batches made before they are asked for, and held.
     """
     rows = range(batch_size) if rows is None else [int(row) for row in rows]
 
@@ -27,4 +37,5 @@ def batches(
         return jax.tree.map(lambda *x: np.stack(x), *chosen)
 
     dataset = grain.MapDataset.range(len(elements) // batch_size).map(batch)
-    return iter(dataset.to_iter_dataset())
+    options = grain.ReadOptions(num_threads=min(16, ahead), prefetch_buffer_size=ahead)
+    return iter(dataset.to_iter_dataset(options))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmmem_jax.data.batches import batches
+from mmmem_jax.data.batches import batches, valid_first
 from mmmem_jax.memory.types import Item
 
 
@@ -137,8 +137,7 @@ def stack(streams: list[EncodedStream]) -> EncodedStream:
 
 def _draw_questions(stream: EncodedStream, rng: np.random.Generator, size: int) -> EncodedStream:
     """`size` of the stream's questions, valid ones first, in random order."""
-    valid = np.asarray(stream.question_valid)
-    order = np.argsort(rng.random(len(valid)) + ~valid, kind="stable")[:size]
+    order = valid_first(stream.question_valid, rng, size)
     return stream._replace(**{name: getattr(stream, name)[order] for name in QUESTION_FIELDS})
 
 

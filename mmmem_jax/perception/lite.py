@@ -18,12 +18,12 @@ from mmmem_jax.models.text_encoder import BertEncoder, encode_texts, load_text_e
 from mmmem_jax.perception import colours, describe, salient
 from mmmem_jax.perception.decode import Frame
 from mmmem_jax.perception.segment import Clip
+from mmmem_jax.perception.types import RELATIONS, Percept
 
 DIM = 384  # of all-MiniLM-L6-v2
 NUM_MENTIONS = 4
 # Frames a second that each level sees (the paper's L1 / L2 / L3).
 SENSORY_FPS, EPISODIC_FPS, SCHEMA_FPS = 5.0, 2.0, 1.0
-RELATIONS = ("seen with",)
 # Of the paper's appendix, in frames of 1/5 s: between two key frames at least (Delta), and to each
 # side of one in its sub-clip.
 KEY_FRAME_GAP = 5
@@ -41,18 +41,6 @@ class Perception(NamedTuple):
     labels: Labels
     encoder: BertEncoder
     tokenizer: Tokenizer
-
-
-class Percept(NamedTuple):
-    """What was perceived of one clip; `item` has NumPy leaves and no leading axis."""
-
-    index: int
-    span: tuple[float, float]  # s
-    caption: str
-    subtitles: str
-    labels: tuple[tuple[str, float], ...]  # entities named, with their probabilities
-    key_frames: tuple[Frame, ...]
-    item: Item
 
 
 class _Sight(NamedTuple):
@@ -137,7 +125,7 @@ def _choose_views(clip: Clip) -> _Views:
     key = salient.salient_frames(images, KEY_FRAME_GAP)
     subclips = salient.key_subclips(key, len(images), SUBCLIP_HALF_WIDTH)
     sensory = sorted({i for subclip in subclips for i in subclip})
-    episodic, schema = (_every(clip.frames, fps) for fps in (EPISODIC_FPS, SCHEMA_FPS))
+    episodic, schema = (every(clip.frames, fps) for fps in (EPISODIC_FPS, SCHEMA_FPS))
     seen = sorted({*sensory, *episodic, *schema})
     small = images[:, ::4, ::4].astype(np.int16)
     return _Views(
@@ -152,7 +140,7 @@ def _choose_views(clip: Clip) -> _Views:
     )
 
 
-def _every(frames: Sequence[Frame], fps: float) -> list[int]:
+def every(frames: Sequence[Frame], fps: float) -> list[int]:
     """Positions of the first frame in each 1 / fps seconds of the stream."""
     # A frame may come a hair before its tick.
     ticks = [int(frame.time * fps + 1e-3) for frame in frames]
@@ -194,7 +182,7 @@ def _make_item(
         mention=mention,
         mention_valid=np.arange(NUM_MENTIONS) < len(sight.mention),
         change=np.float32(1.0 if before is None else 1.0 - before @ sight.coarse),
-        relation=np.int32(0 if len(sight.mention) > 1 else -1),
+        relation=np.int32(RELATIONS.index("seen with") if len(sight.mention) > 1 else -1),
         trace_id=np.int32(clip.index),
         valid=np.bool_(True),
     )

@@ -139,19 +139,34 @@ def order(
 AnswerFn = Callable[[Bool[Array, "Q N"]], Float[Array, "Q O"]]
 
 
-def _stop_step(answer_entropy, entered, gamma, config: RetrievalConfig):
-    """First step at which the search may stop, the last one if none. [Q].
+def next_stall(stalled, drop, read, config: RetrievalConfig):
+    """Steps in a row that lowered the entropy by less than epsilon, after one more.
 
     A step that found nothing to read neither stalls nor ends a stall.
+
+    Args:
+      stalled: int32, so far.
+      drop: float32, H_{s-1} - H_s in nats.
+      read: bool, whether the step read something.
+      config: epsilon.
     """
+    return jnp.where(read, jnp.where(drop < config.epsilon, stalled + 1, 0), stalled)
+
+
+def may_stop(answer_entropy, stalled, gamma, config: RetrievalConfig):
+    """Whether a search may stop at this entropy (nats), after `stalled` steps without a drop."""
+    return (answer_entropy <= gamma) | (stalled >= config.patience)
+
+
+def _stop_step(answer_entropy, entered, gamma, config: RetrievalConfig):
+    """First step at which the search may stop, the last one if none. [Q]."""
     num_steps = answer_entropy.shape[-1]
     stalled = jnp.zeros(answer_entropy.shape[0], jnp.int32)
-    stops = [answer_entropy[:, 0] <= gamma]
+    stops = [may_stop(answer_entropy[:, 0], stalled, gamma, config)]
     for s in range(1, num_steps):
         drop = answer_entropy[:, s - 1] - answer_entropy[:, s]
-        read = jnp.any(entered == s, axis=-1)
-        stalled = jnp.where(read, jnp.where(drop < config.epsilon, stalled + 1, 0), stalled)
-        stops.append((answer_entropy[:, s] <= gamma) | (stalled >= config.patience))
+        stalled = next_stall(stalled, drop, jnp.any(entered == s, axis=-1), config)
+        stops.append(may_stop(answer_entropy[:, s], stalled, gamma, config))
     stop = jnp.stack(stops, axis=1)
     return jnp.where(jnp.any(stop, 1), jnp.argmax(stop, 1), num_steps - 1).astype(jnp.int32)
 

@@ -121,7 +121,7 @@ def _replayed(store, state: MemoryState, rows: list[Row], clips: int, clock: flo
 def read_clips(store: VideoStore, indices: Iterable[int] | None = None) -> list[ClipRecord]:
     """Clips in the order of `indices`; by default all that are still held, in order of time.
 
-    A clip that was discarded or forgotten has index, span, action, node_id and nothing else.
+    A clip that was discarded or forgotten has no texts, frames, entities and item.
 
     Raises:
       UserError: for an index that is no clip, and for damage.
@@ -223,3 +223,10 @@ def counts(store: VideoStore) -> Counts:
         ).fetchone()
         dropped = traces.get(store.database, "frames_dropped")
     return Counts(seen, kept, taken - kept, seen - taken, forgotten, dropped)
+
+
+def failures(store: VideoStore) -> dict[str, int]:
+    """How many clips so far could not be given something, by what that is; empty where all were."""
+    with traces.guard(store.folder / layout.DATABASE):
+        found = traces.rows(store.database, "failed != '[]'")
+        return dict(Counter(name for row in found for name in traces.failed_of(row)))

@@ -20,7 +20,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.memory import Item
 from mmmem_jax.store import arrays, layout
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = int.from_bytes(b"mmem")
 BUSY_SECONDS = 10.0
 FRAME_NAME = re.compile(r"\d{6,}-\d+\.jpg")
@@ -31,7 +31,8 @@ PRAGMA user_version = {VERSION};
 CREATE TABLE meta (key TEXT PRIMARY KEY, value, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE clips (
   clip INTEGER PRIMARY KEY, start REAL, stop REAL, action INTEGER, strength REAL, node INTEGER,
-  caption TEXT, subtitles TEXT, labels TEXT, frames TEXT, item BLOB, crc INTEGER
+  log_prob REAL, caption TEXT, subtitles TEXT, trace TEXT, labels TEXT, frames TEXT, failed TEXT,
+  item BLOB, crc INTEGER
 );
 CREATE INDEX clips_of_node ON clips (node, (item IS NOT NULL));
 CREATE TABLE mentions (
@@ -42,7 +43,7 @@ CREATE TABLE mentions (
 
 
 class ClipRecord(NamedTuple):
-    """What became of one clip. Of one that is not kept only index, span, action are stored."""
+    """What became of one clip. Of one that is not kept no texts, frames and item are stored."""
 
     index: int  # 0, 1, 2, ...
     span: tuple[float, float]  # seconds
@@ -55,6 +56,9 @@ class ClipRecord(NamedTuple):
     node_id: int  # episode that took it, -1: not kept
     item: Item | None  # what the memory read, `store.rounded`; None where not kept
     entities: tuple[tuple[int, str], ...]  # schema slot and name of each mention, -1: no slot
+    log_prob: float = 0.0  # of the action, nats
+    trace: str = ""  # what the policy wrote with its decision
+    failed: tuple[str, ...] = ()  # what could not be found out, such as "extraction"
 
 
 class Row(NamedTuple):
@@ -66,15 +70,18 @@ class Row(NamedTuple):
     action: int
     strength: float
     node: int
+    log_prob: float
     caption: str
     subtitles: str
+    trace: str
     labels: str  # JSON [[name, probability], ...]
     frames: str  # JSON [[seconds, name, crc32], ...]
+    failed: str  # JSON [name, ...]
     item: bytes | None
 
 
 # Types of the columns and of `meta`; the bounds below are those of int32 and float32.
-_ROW = (int, float, float, int, float, int, str, str, str, str, bytes | None)
+_ROW = (int, float, float, int, float, int, float, str, str, str, str, str, str, bytes | None)
 _MENTION = (int, int, int, str, int)
 _META = {"header": str, "clips": int, "finished": int, "frames_dropped": int, "snapshot": str}
 MOST_NAMED = 1024  # times that one clip gives an entity a name
@@ -330,7 +337,21 @@ def record_of(row: Row, entities: tuple, folder: Path, dim: int) -> ClipRecord:
         node_id=row.node,
         item=item,
         entities=entities,
+        log_prob=row.log_prob,
+        trace=row.trace,
+        failed=failed_of(row),
     )
+
+
+def failed_of(row: Row) -> tuple[str, ...]:
+    """What could not be found out of a clip; raises sqlite3.DatabaseError where that is no list."""
+    try:
+        found = json.loads(row.failed)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise sqlite3.DatabaseError(f"clip {row.clip}: failed")
+    return tuple(found)
 
 
 def frame_path(folder: Path, name: str) -> Path:

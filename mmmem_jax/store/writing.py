@@ -86,14 +86,17 @@ def _row_of(record: ClipRecord, config: MemoryConfig) -> tuple[Row, dict[str, by
         action=int(record.action),
         strength=float(record.strength),
         node=int(record.node_id),
+        log_prob=float(record.log_prob) + 0.0,  # SQLite has no -0.0
         caption=record.caption if kept else "",
         subtitles=record.subtitles if kept else "",
+        trace=record.trace if kept else "",
         labels=json.dumps(labels, ensure_ascii=False),
         frames=json.dumps(frames),
+        failed=json.dumps(record.failed),
         item=arrays.item_to_bytes(record.item) if record.item and (kept or changed) else None,
     )
-    if not all(math.isfinite(x) for x in (row.start, row.stop, row.strength)):
-        raise ValueError(f"clip {record.index} has a span or a strength that is no number")
+    if not all(math.isfinite(x) for x in (row.start, row.stop, row.strength, row.log_prob)):
+        raise ValueError(f"clip {record.index} has a span, strength or log_prob that is no number")
     return row, files
 
 
@@ -155,7 +158,9 @@ def _forget(store: VideoStore, state: MemoryState) -> list[Path]:
         (json.dumps(nodes.tolist()), json.dumps(clips.tolist())),
     )
     for row in evicted:
-        empty = row._replace(caption="", subtitles="", labels="[]", frames="[]", item=None)
+        empty = row._replace(
+            caption="", subtitles="", trace="", labels="[]", frames="[]", item=None
+        )
         traces.insert(store.database, empty)
     if evicted:
         traces.fold_mentions(store.database)

@@ -1,7 +1,7 @@
 """A toy Qwen3-VL folder, laid out as the published ones: tokenizer, preprocessing and weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -90,9 +90,15 @@ def special_ids() -> Mapping[str, int]:
     return {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes all of a toy folder that is neither config.json nor weights."""
+def write_tokenizer(folder: Path, words: Sequence[str] = ()) -> None:
+    """Writes all of a toy folder that is neither config.json nor weights.
+
+    Args:
+      folder: that exists.
+      words: to be one token too where a space stands before them.
+    """
     tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in words])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
     _write_json(
@@ -189,9 +195,16 @@ def random_params(config: Qwen3VLConfig, seed: int) -> nnx.State:
 
 
 def write_checkpoint(
-    folder: str | Path, config: Qwen3VLConfig = TINY, seed: int = 0, num_shards: int = 2
+    folder: str | Path,
+    config: Qwen3VLConfig = TINY,
+    seed: int = 0,
+    num_shards: int = 2,
+    words: Sequence[str] = (),
 ) -> Path:
-    """Writes a whole folder of a random model, its safetensors in `num_shards` or one more."""
+    """Writes a whole folder of a random model, its safetensors in `num_shards` or one more.
+
+    `words` are one token each, see `write_tokenizer`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     params = random_params(config, seed)
@@ -199,5 +212,5 @@ def write_checkpoint(
     save_params(
         folder, params, config, max_shard_bytes=np.inf if num_shards == 1 else size / num_shards
     )
-    write_tokenizer(folder)
+    write_tokenizer(folder, words)
     return folder

@@ -99,7 +99,9 @@ class Answer(NamedTuple):
     score: float  # best of any episode or clip, standard deviations above unrelated pairs
     probabilities: tuple[float, ...]  # of the options, in their order
     moments: tuple[Moment, ...]  # best first
-    gamma: float  # nats; -1 where no entropy stops the search: there is one moment at most
+    # nats; -1: no entropy stops the search, there is one moment at most; None: none was asked, a
+    # language model answered an open question
+    gamma: float | None
     trace: tuple[
         dict, ...
     ]  # a step that read something each: level, slots, tokens, answer_entropy (nats)
@@ -108,7 +110,8 @@ class Answer(NamedTuple):
     retrieval_entropy: dict[str, float]  # nats, by level
     entities: tuple[str, ...]  # names read
     tokens_read: int  # of the trace; not those of texts shown of clips that it did not read
-    seconds: dict[str, float]  # embed, search, read, word
+    seconds: dict[str, float]  # embed, search, read, word; by a language model embed, verify, read
+    model: dict | None = None  # what a language model did that answered, plain JSON; None: none did
 
 
 def as_json(answer: Answer) -> dict:
@@ -135,7 +138,7 @@ def told(answer: Answer) -> str:
         lines.append(f"({NOT_FOUND}: a guess)")
     for moment in answer.moments:
         where = f"{moment.video} " if len(answer.videos) > 1 else ""
-        lines.append(f"  {where}{_during(moment.span)}  {moment.text}")
+        lines.append(f"  {where}{during(moment.span)}  {moment.text}")
         lines.extend(f"    {name}" for name in moment.frames)
     return "\n".join(lines)
 
@@ -159,6 +162,7 @@ def load(
     at: float | None = None,
     videos: Sequence[str] | None = None,
     space: Space | None = None,
+    backbone: str = "lite",
 ) -> Loaded:
     """Reads the memories of a folder, to ask them any number of questions.
 
@@ -167,9 +171,11 @@ def load(
       at: answers as of that time of each video, in seconds; None: all that is remembered.
       videos: ids; None: all.
       space: None: `load_space()`.
+      backbone: that the memories must have been made with.
 
     Raises:
-      UserError: if there is no such folder or video, one is damaged, or `at` is negative.
+      UserError: if there is no such folder or video, one is damaged or made with another backbone,
+        or `at` is negative.
     """
     if at is not None and not at >= 0:
         raise UserError(f"--at {at} is no time of a video; give seconds since its start")
@@ -180,6 +186,12 @@ def load(
     try:
         for video_id in ids:
             stores.append(store.open_store(memory_dir, video_id))
+            made_with = _backbone(stores[-1])
+            if made_with != backbone:
+                raise UserError(
+                    f"{stores[-1].folder} was made with --backbone {made_with} and cannot be asked"
+                    f" with {backbone}; ask with its own, or build it again"
+                )
         states = tuple(store.load_state(s) if at is None else store.state_at(s, at) for s in stores)
         names = tuple(
             {e.slot: e.name for e in store.entities(s, state)}
@@ -201,6 +213,28 @@ def load(
     return Loaded(Path(memory_dir), at, tuple(stores), states, names, joined, *on_device, space)
 
 
+def backbone_of(memory_dir: str | os.PathLike, videos: Sequence[str] | None = None) -> str:
+    """The backbone that the memories of some videos, or of all, were made with.
+
+    Raises:
+      UserError: if there is no such folder or video, one is damaged, or they differ.
+    """
+    found = {}
+    for video_id in store.list_videos(memory_dir) if videos is None else videos:
+        with store.open_store(memory_dir, video_id) as video:
+            found[_backbone(video)] = video_id
+    if len(found) > 1:
+        told = " and ".join(f"{name} ({video_id})" for name, video_id in sorted(found.items()))
+        raise UserError(f"{memory_dir} holds videos of {told}; name those of one with --video")
+    if not found:
+        raise UserError(f"{memory_dir} holds no video; make one with mmmem build")
+    return next(iter(found))
+
+
+def _backbone(video: store.VideoStore) -> str:
+    return str(video.header.get("perception", "lite"))  # which was the only one at first
+
+
 def ask(
     memory_dir: str | os.PathLike,
     question: str,
@@ -217,15 +251,20 @@ def ask(
       UserError: as `load` and `answer` do. (A memory that may only be read still answers: that
         the question could not be written down is logged as a warning.)
     """
-    _check(question, options)
+    check(question, options)
     with load(memory_dir, at=at, videos=videos, space=space) as loaded:
         answered = answer(loaded, question, options, word_fn=word_fn)
+    write_down(memory_dir, answered)
+    return answered
+
+
+def write_down(memory_dir: str | os.PathLike, answered: Answer) -> None:
+    """Adds an answer to the folder's questions.jsonl; if it may not be written, warns of it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
         store.append_question(memory_dir, {"asked": now} | as_json(answered))
     except UserError as error:
         _log.warning("the question is answered but not written down: %s", error)
-    return answered
 
 
 def answer(
@@ -254,7 +293,7 @@ def answer(
       UserError: if the question or an option is empty or no text, an option is given twice, or
         there is one only.
     """
-    _check(question, options)
+    check(question, options)
     seconds, started = {}, time.perf_counter()
 
     def lap(name):
@@ -262,7 +301,7 @@ def answer(
         now = time.perf_counter()
         seconds[name], started = now - started, now
 
-    wanted = _embed(loaded.space, question, options)
+    wanted = embed(loaded.space, question, options)
     lap("embed")
     search = video_search.search_options if len(options) else video_search.search_moments
     result = jax.device_get(
@@ -275,7 +314,9 @@ def answer(
         )  # fmt: skip
     )
     lap("search")
-    answered = _told_by(loaded, question, tuple(options), wanted[0], result, config, found_at)
+    score, held = _best_score(loaded, result)
+    found = video_search.LOWEST < score >= threshold(held, found_at)
+    answered = told_by(loaded, question, tuple(options), wanted[0], result, config, found)
     lap("read")
     if answered.found and word_fn is not None and not len(options):
         text = word_fn(question, [moment.text for moment in answered.moments])
@@ -289,7 +330,8 @@ def threshold(num_slots: int, found_at: float = FOUND_AT) -> float:
     return found_at + FOUND_RISE * float(np.log2(max(num_slots, 1) / FOUND_SLOTS))
 
 
-def _check(question: str, options: Sequence[str]) -> None:
+def check(question: str, options: Sequence[str]) -> None:
+    """Raises UserError if the question or an option is empty, no text, given twice or alone."""
     if not question.strip():
         raise UserError("the question is empty; ask something")
     if len(options) == 1 or not all(option.strip() for option in options):
@@ -308,8 +350,12 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _embed(space: Space, question: str, options: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """(question [D]), or (question with each option, padded [O, D]; which are no padding [O])."""
+def embed(space: Space, question: str, options: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """What is searched for.
+
+    Returns:
+      (question [D]), or (question with each option, padded [O, D]; which are no padding [O]).
+    """
     if not len(options):
         return (space.embed([question])[0],)
     rows = space.embed([f"{question} {option}" for option in options])
@@ -319,13 +365,33 @@ def _embed(space: Space, question: str, options: Sequence[str]) -> tuple[np.ndar
     return wanted, np.arange(room) < len(rows)
 
 
-def _told_by(loaded, question, options, wanted, result: VideoSearch, config, found_at) -> Answer:
-    """What a search found, with its evidence; `seconds` are left to the caller."""
+def _best_score(loaded: Loaded, result: VideoSearch) -> tuple[float, int]:
+    """The best score of any episode or clip, and how many there are."""
     # A name that fits is no evidence: what it is grounded in must fit by itself.
     scores = result.scores[: -len(loaded.joined.schema)]
-    score = float(scores.max())
-    held = np.count_nonzero(scores > video_search.LOWEST)
-    found = video_search.LOWEST < score >= threshold(held, found_at)
+    return float(scores.max()), int(np.count_nonzero(scores > video_search.LOWEST))
+
+
+def told_by(
+    loaded: Loaded,
+    question: str,
+    options: tuple[str, ...],
+    wanted: np.ndarray,
+    result: VideoSearch,
+    config: RetrievalConfig,
+    found: bool,
+) -> Answer:
+    """What a search found, with its evidence; `seconds` are left to the caller.
+
+    Args:
+      loaded: from `load`.
+      question: that was asked.
+      options: none for an open one.
+      wanted: float32, embedding of the question [D], or of it with each option [O, D].
+      result: of the search, NumPy.
+      config: of the search.
+      found: whether it found what was asked for.
+    """
     probabilities = np.exp(result.output.log_probs[0, : len(options)])
     query = wanted[probabilities.argmax()] if options else wanted
     moments = _read_moments(loaded, result, query)
@@ -341,7 +407,7 @@ def _told_by(loaded, question, options, wanted, result: VideoSearch, config, fou
         at=loaded.at,
         text=_text(loaded, options, probabilities, moments, found),
         found=found,
-        score=score,
+        score=_best_score(loaded, result)[0],
         probabilities=tuple(probabilities.tolist()),
         moments=moments if found else (),
         gamma=float(result.gamma),
@@ -370,10 +436,11 @@ def _text(loaded: Loaded, options, probabilities, moments, found: bool) -> str:
         return NOT_FOUND
     best = moments[0]
     where = f" of {best.video}" if len(loaded.stores) > 1 else ""
-    return f"{_during(best.span)}{where}: {best.text}"
+    return f"{during(best.span)}{where}: {best.text}"
 
 
-def _during(span: tuple[float, float]) -> str:
+def during(span: tuple[float, float]) -> str:
+    """Two times as people write them, 0:05-1:02:03."""
     return "-".join(map(_clock, span))
 
 
@@ -383,7 +450,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _level(loaded: Loaded, slot: int) -> tuple[str, int, int]:
+def level_of(loaded: Loaded, slot: int) -> tuple[str, int, int]:
     """Level of a slot of the joined memory, the video it is of and its slot there."""
     counts = [len(x.valid) for x in (loaded.joined.state.sensory, loaded.joined.state.episodic)]
     level = "schema"
@@ -401,7 +468,7 @@ def _read_moments(loaded: Loaded, result: VideoSearch, query: np.ndarray) -> tup
         slot, item = int(result.moments[row]), int(result.best_items[row])
         if slot < 0 or len(found) == MAX_MOMENTS:
             break
-        level, number, place = _level(loaded, slot)
+        level, number, place = level_of(loaded, slot)
         video, state = loaded.stores[number], loaded.states[number]
         node_id = int(state.episodic.node_id[place]) if level == "episodic" else -1
         if item >= 0:
@@ -448,7 +515,7 @@ def _step(loaded: Loaded, result: VideoSearch, step: int, config: RetrievalConfi
 
 def _evidence(loaded: Loaded, result: VideoSearch, slot: int) -> dict:
     """A slot that was read: where it is, what it is called if it is an entity, how well it fits."""
-    level, number, place = _level(loaded, slot)
+    level, number, place = level_of(loaded, slot)
     table = getattr(loaded.states[number], level)
     return {
         "level": level,

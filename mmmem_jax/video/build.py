@@ -1,6 +1,11 @@
-"""Building a memory: a video passes once through perception and the manager, clip by clip."""
+"""Building a memory: a video passes once through perception and the manager, clip by clip.
+
+A backbone is what perceives clips; each comes with a manager of its own, and with either the fixed
+rules decide as well. `make_builder` puts them together.
+"""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -24,11 +29,17 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.memory import Item, MemoryConfig, MemoryState, schema
 from mmmem_jax.memory.pyramid import draw_noise
 from mmmem_jax.perception import decode, lite, segment, subtitles
-from mmmem_jax.policies.shipped import Policy, load_policy
+from mmmem_jax.perception.types import Percept, Work, total
+from mmmem_jax.policies import shipped
+from mmmem_jax.policies.shipped import Policy
+from mmmem_jax.policies.types import Decision
 
 BATCH = 4  # clips looked at together: what a kill can cost
 AHEAD = 2 * BATCH  # clips decoded ahead of the networks
 JPEG_QUALITY = 85
+# Tokens that a model looks at. 64 frames of 16:9 and 256 lines are 32 x 112, the times before them
+# 32 x 8; with what to do and captions that is under 5,000, and up to a third more is padding.
+CONTEXT = 8192
 STAGES = ("decode", "segment", "perceive", "remember")
 
 _T = TypeVar("_T")
@@ -37,8 +48,13 @@ _T = TypeVar("_T")
 class Settings(NamedTuple):
     """What a memory is made with; a memory is only continued with the same."""
 
-    policy: str = "lite"
+    policy: str = "lite"  # "qwen3_vl" with that backbone, or a fixed rule
     slots: int = 512
+    backbone: str = "lite"
+    checkpoint: str = ""  # of backbone qwen3_vl: a folder or repo id, as are the next two folders
+    adapter: str = ""  # "": none
+    text_encoder: str = ""  # "": all-MiniLM-L6-v2
+    context: int | None = None  # tokens; None: CONTEXT, or what the model knows positions for
 
     def memory_config(self) -> MemoryConfig:
         """Text is kept verbatim, so tokens are bounded by slots and by `max_node_tokens`."""
@@ -53,16 +69,26 @@ class Settings(NamedTuple):
         )
 
 
-class Builder(NamedTuple):
-    """The networks and the policy, loaded once for any number of videos.
+DecideFn = Callable[[MemoryState, Percept], Decision]
 
-    `decide` gives action and strength of an item; `header` tells what a memory is made with.
+
+class Builder(NamedTuple):
+    """The networks and the policy, loaded once for any number of videos, one after the other.
+
+    `header` tells what a memory is made with.
     """
 
     config: MemoryConfig
-    perception: lite.Perception
-    decide: Callable[[MemoryState, Item], tuple[jax.Array, jax.Array]]
+    perceive: Callable[[Sequence[segment.Clip], np.ndarray | None], list[Percept]]
+    begin: Callable[[store.VideoStore, MemoryState], DecideFn]  # for the clips that follow
     header: dict
+
+
+class Taken(NamedTuple):
+    """A clip that is on disk, and what it took."""
+
+    record: store.ClipRecord
+    work: Work
 
 
 class Built(NamedTuple):
@@ -70,22 +96,70 @@ class Built(NamedTuple):
 
     video_id: str
     counts: store.Counts  # of the whole memory
+    failures: dict[str, int]  # clips of the whole memory that could not be given something
     seconds_of_video: float  # that this build read; 0 where all was remembered already
     seconds: float
     stages: dict[str, float]
+    work: Work  # of this build
 
 
 def make_builder(settings: Settings, perception: lite.Perception | None = None) -> Builder:
     """Loads the policy, and the networks where none are given.
 
     Raises:
-      UserError: if weights cannot be fetched, or there is no such policy.
+      UserError: if weights cannot be fetched or read, or there is no such policy or backbone.
     """
-    policy = load_policy(settings.policy)
-    config = policy.configure(settings.memory_config())
-    name = f"{policy.name}-{_digest(policy.params)}"  # a run trained on is another policy
-    header = {"perception": "lite", "policy": name, "slots": settings.slots}
-    return Builder(config, perception or lite.load_perception(), _make_decide(policy), header)
+    if settings.backbone == "qwen3_vl":
+        return _make_qwen3_vl_builder(settings)
+    if settings.backbone != "lite":
+        raise UserError(f"there is no backbone {settings.backbone!r}; give lite or qwen3_vl")
+    policy = shipped.load_policy(settings.policy)
+    networks = perception or lite.load_perception()
+    return Builder(
+        policy.configure(settings.memory_config()),
+        lambda clips, before: lite.perceive(networks, clips, before),
+        _make_begin(policy),
+        {"perception": "lite", "policy": _name(policy), "slots": settings.slots},
+    )
+
+
+def _make_qwen3_vl_builder(settings: Settings) -> Builder:
+    """The paper's own model, as eye and as manager."""
+    from mmmem_jax.models.qwen3_vl import conversation
+    from mmmem_jax.perception import qwen3_vl
+    from mmmem_jax.policies import qwen3_vl as manager
+
+    names = (manager.NAME, *(name for name in shipped.NAMES if name != "lite"))
+    if settings.policy not in names:
+        raise UserError(
+            f"policy {settings.policy!r} does not read backbone qwen3_vl; give {', '.join(names)}"
+        )
+    rule = None if settings.policy == manager.NAME else shipped.load_policy(settings.policy)
+    folders = qwen3_vl.locate(settings.checkpoint, settings.adapter, settings.text_encoder)
+    speaker = conversation.load_speaker(folders.checkpoint, adapter=folders.adapter)
+    context = settings.context or min(CONTEXT, speaker.config.text.max_positions)
+    embedder = qwen3_vl.load_embedder(speaker, folders.text_encoder)
+    config = dataclasses.replace(settings.memory_config(), dim=embedder.dim)
+    header = {
+        "perception": "qwen3_vl",
+        "policy": manager.NAME if rule is None else _name(rule),
+        "slots": settings.slots,
+        "context": context,
+        "prompts": [*qwen3_vl.PROMPTS, manager.PROMPT],
+        **qwen3_vl.fingerprints(folders),
+    }
+    if rule is None:
+        begin = manager.make_begin_fn(speaker, context)
+        # The length of an episode is bounded by the frames that a decision looks at.
+        config = dataclasses.replace(config, max_node_tokens=None)
+    else:
+        begin, config = _make_begin(rule), rule.configure(config)
+    return Builder(config, qwen3_vl.make_perceive_fn(speaker, embedder, context), begin, header)
+
+
+def _name(policy: Policy) -> str:
+    """A run trained on is another policy."""
+    return f"{policy.name}-{_digest(policy.params)}"
 
 
 def _digest(params) -> str:
@@ -96,17 +170,20 @@ def _digest(params) -> str:
     return digest.hexdigest()[:8]
 
 
-def _make_decide(policy: Policy):
-    """decide(state, item) -> (action, strength), jitted with the policy bound."""
+def _make_begin(policy: Policy) -> Callable[[store.VideoStore, MemoryState], DecideFn]:
+    """A policy over items, jitted; it knows no more of a video than the memory does."""
     rng_key = jax.random.key(0)
 
     @jax.jit
-    def decide(params, state: MemoryState, item: Item):
+    def decide_item(params, state: MemoryState, item: Item):
         noise = draw_noise(rng_key, state.num_items[None])[0]
         decision = policy.decide_fn(params, noise, state, item)
-        return decision.action, decision.strength
+        return decision.action, decision.strength, decision.log_prob
 
-    return lambda state, item: decide(policy.params, state, item)
+    def decide(state: MemoryState, percept: Percept) -> Decision:
+        return Decision(*jax.device_get(decide_item(policy.params, state, percept.item)))
+
+    return lambda video, state: decide
 
 
 @jax.jit
@@ -163,22 +240,24 @@ def build(
     video_id = name or store.video_id_of(source)
     made_of, cues = file_and_cues(source, subtitle_file)
     header = builder.header | made_of
-    started, stages = time.perf_counter(), dict.fromkeys(STAGES, 0.0)
+    started, stages, work = time.perf_counter(), dict.fromkeys(STAGES, 0.0), Work()
     with open_video(memory_dir, video_id, header, builder.config, again=again) as video:
         done = store.progress(video)
         if not done.finished:
             with _progress_bar(video_id, info.duration, done.end) as bar:
-                for record in remember(
-                    builder, video, _read_ahead(source, video, cues, stages), stages
-                ):
-                    bar.update(round(record.span[1] - bar.n, 1))
+                clips = _read_ahead(source, video, cues, stages)
+                for taken in remember(builder, video, clips, stages):
+                    work = total(work, taken.work)
+                    bar.update(round(taken.record.span[1] - bar.n, 1))
             store.finish(video, store.load_state(video))
-        counts, new = store.counts(video), store.progress(video).end - done.end
-    return Built(video_id, counts, new, time.perf_counter() - started, stages)
+        counts, failures = store.counts(video), store.failures(video)
+        new = store.progress(video).end - done.end
+    seconds = time.perf_counter() - started
+    return Built(video_id, counts, failures, new, seconds, stages, work)
 
 
 def told(built: Built) -> str:
-    """One line for people."""
+    """A line for people, and one each for what a language model did and what failed."""
     n, seconds = built.counts, max(built.seconds, 1e-3)
     did = "was remembered already"
     if built.seconds_of_video:
@@ -186,10 +265,19 @@ def told(built: Built) -> str:
         did = (
             f"{built.seconds_of_video:.0f} s of video in {seconds:.0f} s ({speed:.0f} x real time)"
         )
-    return (
+    lines = [
         f"{built.video_id}: {did}, {n.seen} clips: {n.kept} episodes opened, {n.merged} clips"
         f" merged, {n.discarded} discarded"
-    )
+    ]
+    if built.work.tokens:
+        work = built.work
+        lines.append(
+            f"  read {work.tokens} tokens and encoded {work.frames} frames; without reuse"
+            f" {work.tokens_anew} and {work.frames_anew}"
+        )
+    for what, count in sorted(built.failures.items()):
+        lines.append(f"  {what} failed for {count} of {n.seen} clips")
+    return "\n".join(lines)
 
 
 def file_and_cues(
@@ -248,7 +336,7 @@ def remember(
     *,
     batch: int = BATCH,
     frames_dropped: Callable[[], int] = lambda: 0,
-) -> Iterator[store.ClipRecord]:
+) -> Iterator[Taken]:
     """Takes clips into the memory and onto the disk; yields what became of each.
 
     Args:
@@ -260,28 +348,33 @@ def remember(
       frames_dropped: how many frames were dropped so far, by a live source.
     """
     done, state, before = store.progress(video).clips, store.load_state(video), None
-    dropped = 0
+    decide, dropped, untold = builder.begin(video, state), 0, Work()
     with contextlib.closing(clips):
         while group := tuple(itertools.islice(clips, batch)):
             with _timed(stages, "perceive"):
-                percepts = lite.perceive(builder.perception, group, before)
+                percepts = builder.perceive(group, before)
             before = percepts[-1].item.coarse
-            for percept in percepts[max(done - group[0].index, 0) :]:
+            for percept in percepts:
+                untold = total(untold, percept.work)
+                if percept.index < done:
+                    continue
                 with _timed(stages, "remember"):
-                    state, record = _take(builder, state, percept)
+                    percept = percept._replace(item=store.rounded(percept.item))
+                    decision = decide(state, percept)
+                    state, record = _take(state, percept, decision)
                     new = frames_dropped() - dropped
                     store.append(video, record, state, frames_dropped=new)
                     dropped += new
-                yield record
+                yield Taken(record, total(untold, decision.work))
+                untold = Work()
 
 
 def _take(
-    builder: Builder, state: MemoryState, percept: lite.Percept
+    state: MemoryState, percept: Percept, decision: Decision
 ) -> tuple[MemoryState, store.ClipRecord]:
     """The memory after a clip, and the clip's record."""
-    item = store.rounded(percept.item)
-    action, strength = jax.device_get(builder.decide(state, item))
-    state = store.advance(state, item, action, strength)
+    item = percept.item
+    state = store.advance(state, item, decision.action, decision.strength)
     slots = np.asarray(_entity_slots(state, item))
     names = (name for name, _ in percept.labels)
     record = store.ClipRecord(
@@ -291,11 +384,14 @@ def _take(
         subtitles=percept.subtitles,
         labels=percept.labels,
         frames=tuple((frame.time, _jpeg(frame.image)) for frame in percept.key_frames),
-        action=int(action),
-        strength=float(strength),
+        action=int(decision.action),
+        strength=float(decision.strength),
         node_id=store.node_of(state, percept.index),
         item=item,
         entities=tuple((int(slot), name) for slot, name in zip(slots, names, strict=False)),
+        log_prob=float(decision.log_prob),
+        trace=decision.trace,
+        failed=percept.failed + decision.failed,
     )
     return state, record
 

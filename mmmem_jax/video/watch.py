@@ -191,14 +191,14 @@ def remembered(
         builder, video, clips, stages, batch=1, frames_dropped=lambda: feed.dropped
     )
     with bar:
-        for record in records:
+        for taken in records:
             seconds = stages["perceive"] + stages["remember"] - spent
             spent += seconds
             frames, handed = max(feed.handed - handed, 1), feed.handed
             delay = time.monotonic() - feed.arrived
             bar.set_postfix_str(f"{delay:.1f} s behind, {feed.dropped} frames dropped")
             bar.update()
-            yield Remembered(record, delay, seconds / frames, feed.dropped)
+            yield Remembered(taken.record, delay, seconds / frames, feed.dropped)
 
 
 def _begin(source: str) -> Iterator[Frame | Cue]:

@@ -50,6 +50,7 @@ def read_all(folder):
             store.entities(video, state),
             store.progress(video),
             store.counts(video),
+            store.failures(video),
             store.node_clips(video, range(60)),
             video.header,
             video.config,
@@ -89,7 +90,7 @@ class TestDamage:
 
     @pytest.mark.parametrize(
         ("pragma", "said"),
-        [("user_version = 2", "is of version 2"), ("application_id = 1", "is no memory of mmmem")],
+        [("user_version = 3", "is of version 3"), ("application_id = 1", "is no memory of mmmem")],
     )
     def test_another_version_or_program(self, pragma, said, copy):
         database = sqlite3.connect(copy / "toy/memory.sqlite")
@@ -101,7 +102,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"version": 2}, "is of version 2"),
+            ({"version": 3}, "is of version 3"),
             ({"format": "other"}, "damaged"),
             ({"memory": {"slots": 3}}, "damaged"),
             ({"memory": {"dim": "large"}}, "damaged"),
@@ -180,6 +181,14 @@ class TestDamage:
         database.close()
         with pytest.raises(UserError, match="damaged"):
             read_all(copy)
+
+    @pytest.mark.parametrize("failed", ["", "7", "[7]", '"trace"', "[" * 10**5])
+    def test_sealed_row_with_failures_that_are_none(self, failed, copy):
+        database = sqlite3.connect(copy / "toy/memory.sqlite", isolation_level=None)
+        traces.insert(database, traces.rows(database, "clip = 69")[0]._replace(failed=failed))
+        database.close()
+        with store.open_store(copy, "toy") as video, pytest.raises(UserError, match="damaged"):
+            store.failures(video)
 
 
 class TestHostileFolders:

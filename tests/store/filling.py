@@ -51,6 +51,9 @@ def record(item, index: int, action: int, strength: float, node_id: int, entitie
         node_id=node_id,
         item=item if node_id >= 0 and action != DISCARD else None,
         entities=tuple(entities),
+        log_prob=-strength,
+        trace=f"So far {index} clips." if index % 3 else "",
+        failed=("extraction", "trace")[: index % 3],
     )
 
 

@@ -124,6 +124,19 @@ class TestClips:
             with pytest.raises(UserError, match="no clip 20"):
                 store.read_clips(video, [1, 20])
 
+    def test_failures_are_counted_of_all_clips_and_stay(self, tmp_path):
+        with store.create(tmp_path, "toy", HEADER, SMALL) as video:
+            assert store.failures(video) == {}
+            state = last(fill(video, memory.init(SMALL), 70))
+            store.prune(video, state)
+            assert store.counts(video).forgotten
+            assert store.counts(video).discarded
+            third = len(range(1, 70, 3)), len(range(2, 70, 3))
+            assert store.failures(video) == {"extraction": sum(third), "trace": third[1]}
+            for clip in store.read_clips(video, range(70)):
+                assert clip.failed == ("extraction", "trace")[: clip.index % 3]
+                assert bool(clip.trace) == (clip.item is not None and clip.index % 3 > 0)
+
     def test_discarded_clip_leaves_index_span_and_action(self, tmp_path):
         with store.create(tmp_path, "toy", HEADER, SMALL) as video:
             item = filling.items()[0]

@@ -82,10 +82,9 @@ def test_killed_and_resumed_is_as_never_killed(toy_builder, scenes_video, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, whole[1], killed[1])
 
 
-def test_a_finished_video_is_not_read_again(toy_builder, scenes_video, tmp_path, monkeypatch):
+def test_a_finished_video_is_not_read_again(toy_builder, scenes_video, tmp_path):
     first = build.build(toy_builder, str(scenes_video), tmp_path)
-    monkeypatch.setattr(build.lite, "perceive", None)
-    again = build.build(toy_builder, str(scenes_video), tmp_path)
+    again = build.build(toy_builder._replace(perceive=None), str(scenes_video), tmp_path)
     assert again.counts == first.counts
     assert again.seconds_of_video == 0
     assert "was remembered already" in build.told(again)
@@ -96,7 +95,7 @@ def test_a_name_is_of_one_source_and_its_settings(toy_builder, scenes_video, tmp
     other = write_video(tmp_path / "scenes.mp4", scenes=(1.0, 1.0))
     with pytest.raises(UserError, match="another fingerprint.*--again.*--name"):
         build.build(toy_builder, str(other), tmp_path / "memory")
-    merging = build.make_builder(build.Settings("similarity_merge", 64), toy_builder.perception)
+    merging = build.make_builder(build.Settings("similarity_merge", 64), toy_perception())
     with pytest.raises(UserError, match="another policy"):
         build.build(merging, str(scenes_video), tmp_path / "memory")
     assert _records(tmp_path / "memory")[2].clips == 10

@@ -18,10 +18,11 @@ from mmmem_jax.models.qwen3_vl.config import TextConfig
 
 
 class Past(NamedTuple):
-    """What a layer has read before, and where what it reads now begins."""
+    """What all layers have read, which of them is at work, and where what it reads now begins."""
 
-    keys: jax.Array  # [B, S, K, H]
-    values: jax.Array  # [B, S, K, H]
+    keys: jax.Array  # [N, B, S, K, H]
+    values: jax.Array  # [N, B, S, K, H]
+    layer: jax.Array  # [] int32
     length: jax.Array  # [] int32
 
 
@@ -70,18 +71,18 @@ class DecoderLayer(nnx.Module):
         rotation: tuple[Float[Array, "B L h"], Float[Array, "B L h"]],
         mask: Bool[Array, "B L S"] | None,
         past: Past | None = None,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L K H"], Float[Array, "B L K H"]]:
+    ) -> tuple[Float[Array, "B L D"], Past | None]:
         """One layer.
 
         Args:
           x: what goes in.
           rotation: cosines and sines of the positions.
-          mask: what each token may look at of the S slots of `past`, which x is written into from
-            `past.length` on; None: without `past`, each at itself and what comes before.
-          past: what was read before.
+          mask: what each token may look at of the S slots of `past`; None: without `past`, each
+            at itself and what comes before.
+          past: what was read before; the keys and values of x go into it from `length` on.
 
         Returns:
-          What comes out, and the keys and values of x.
+          What comes out, and `past` with x in it.
         """
         normed = self.input_norm(x)
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -90,9 +91,9 @@ class DecoderLayer(nnx.Module):
         value = self.v_proj(normed).reshape(heads)
         keys, values = key, value
         if past is not None:
-            at = (0, past.length, 0, 0)
-            keys = jax.lax.dynamic_update_slice(past.keys, key.astype(past.keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(past.values, value.astype(past.values.dtype), at)
+            # Written first and read after it: the other way round XLA copies all of the cache.
+            past = _written(past, key, value)
+            keys, values = past.keys[past.layer], past.values[past.layer]
         attended = attend(
             query,
             keys,
@@ -105,7 +106,17 @@ class DecoderLayer(nnx.Module):
         x = x + self.o_proj(attended.reshape(*x.shape[:2], -1))
         normed = self.post_attention_norm(x)
         x = x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
-        return x, key, value
+        return x, past
+
+
+def _written(past: Past, key: Float[Array, "B L K H"], value: Float[Array, "B L K H"]) -> Past:
+    """What was read, with the keys and values of more tokens."""
+    at = (past.layer, 0, past.length, 0, 0)
+    keys, values = (
+        jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), at)
+        for stack, new in ((past.keys, key), (past.values, value))
+    )
+    return past._replace(keys=keys, values=values)
 
 
 def stack_layers(

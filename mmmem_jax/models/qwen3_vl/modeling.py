@@ -112,11 +112,11 @@ class Qwen3VL(nnx.Module):
             x = jnp.where(tokens.visual_index[..., None] >= 0, seen, x)
         mask, valid = (None, None) if cache is None else _mask(tokens, cache)
         rotation = language.rotation(tokens.positions, self.config.text, x.dtype)
-        x, keys, values = self._decode(x, tokens, visual, rotation, mask, cache)
+        x, past = self._decode(x, tokens, visual, rotation, mask, cache)
         hidden = self.norm(x)
         if cache is None:
             return jnp.take_along_axis(hidden, places[..., None], axis=1), None
-        return hidden, _extended(cache, tokens, hidden, keys, values, valid)
+        return hidden, _extended(cache, tokens, hidden, past, valid)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of the next token."""
@@ -127,30 +127,25 @@ class Qwen3VL(nnx.Module):
     def _decode(self, x, tokens, visual, rotation, mask, cache):
         """All layers, one after the other, in one loop."""
         graphdef, params = nnx.split(self.layers)
-        kept = () if cache is None else (cache.keys, cache.values)
+        past = None
+        if cache is not None:
+            past = Past(cache.keys, cache.values, jnp.int32(0), cache.length)
 
         def layer(carry, one):
-            x, kept = carry
+            x, past = carry
             index, params = one
-            past = None
-            if cache is not None:
-                past = Past(*(stack[index] for stack in kept), cache.length)
-            x, key, value = nnx.merge(graphdef, params)(x, rotation, mask, past)
+            if past is not None:
+                past = past._replace(layer=index)
+            x, past = nnx.merge(graphdef, params)(x, rotation, mask, past)
             if visual is not None:
                 x = _add_deepstack(x, tokens.visual_index, visual.deepstack, index)
-            if cache is not None:
-                at = (index, 0, cache.length, 0, 0)
-                kept = tuple(
-                    jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), at)
-                    for stack, new in zip(kept, (key, value), strict=True)
-                )
-            return (self._split(x), kept), None
+            return (self._split(x), past), None
 
         if self.remat:
             layer = jax.checkpoint(layer)
         number = jnp.arange(self.config.text.num_layers)
-        (x, kept), _ = jax.lax.scan(layer, (self._split(x), kept), (number, params))
-        return x, *(kept or (None, None))
+        (x, past), _ = jax.lax.scan(layer, (self._split(x), past), (number, params))
+        return x, past
 
     def _split(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         if self.mesh is None:
@@ -190,15 +185,15 @@ def _add_deepstack(x, visual_index, deepstack, layer):
     return jax.lax.cond(layer < deepstack.shape[0], add, lambda x: x, x)
 
 
-def _extended(cache: Cache, tokens: Tokens, hidden, keys, values, valid) -> Cache:
+def _extended(cache: Cache, tokens: Tokens, hidden, past: Past, valid) -> Cache:
     """The cache after the tokens were read."""
     length = tokens.ids.shape[1]
     newest = jnp.max(jnp.where(tokens.valid, jnp.arange(length), -1), axis=1)
     last = jnp.take_along_axis(hidden, jnp.maximum(newest, 0)[:, None, None], axis=1)[:, 0]
     highest = jnp.max(jnp.where(tokens.valid[..., None], tokens.positions, -1), axis=(1, 2))
     return Cache(
-        keys=keys,
-        values=values,
+        keys=past.keys,
+        values=past.values,
         valid=valid,
         length=cache.length + length,
         hidden=jnp.where((newest >= 0)[:, None], last, cache.hidden),

@@ -9,9 +9,8 @@ import numpy as np
 
 from mmmem_jax import store
 from mmmem_jax.memory import MemoryState
+from mmmem_jax.perception.types import RELATIONS
 from mmmem_jax.store import ClipRecord
-
-RELATIONS = {0: "seen with"}  # the only one that perception makes
 
 
 class EpisodeView(NamedTuple):
@@ -89,11 +88,16 @@ def video_view(
             for entity in entities
         ],
         relations=[
-            RelationView(int(subject), RELATIONS.get(int(relation), "related to"), int(target))
+            RelationView(int(subject), _relation(int(relation)), int(target))
             for subject, relation, target in schema.relations[schema.relation_valid]
         ],
         sensory=frozenset(buffer.trace_id[buffer.valid].tolist()),
     )
+
+
+def _relation(number: int) -> str:
+    """What a relation is called; memories may have others than perception makes."""
+    return RELATIONS[number] if 0 <= number < len(RELATIONS) else "related to"
 
 
 def read_video(memory_dir: str | os.PathLike, video_id: str) -> VideoView:

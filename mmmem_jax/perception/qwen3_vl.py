@@ -1,0 +1,385 @@
+"""The `qwen3_vl` backbone: clips of a video to memory items, by the paper's own model.
+
+The model sees the frames of a clip once, writes a caption (L1), and then, in the same conversation,
+names its entities (L3). What it is told at the start of each stays in its cache.
+
+An embedding has two parts side by side: [text, visual]. Texts are embedded by a sentence encoder,
+[t, 0]; what is seen is the mean of the vision tower's merged tokens, projected, [0, v]. Those
+tokens live in the language model's space of words, so a question's own words, projected alike, are
+the visual part of a query [t, v], whose product with a text or a view is that of its own kind.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+
+from mmmem_jax import prompts
+from mmmem_jax.memory.types import Item
+from mmmem_jax.models import text_encoder, weights
+from mmmem_jax.models.qwen3_vl import conversation, params
+from mmmem_jax.models.qwen3_vl.chat import TURN_END
+from mmmem_jax.models.qwen3_vl.conversation import Seen, Speaker, Talk
+from mmmem_jax.models.text_encoder import BertEncoder
+from mmmem_jax.perception import extraction, salient
+from mmmem_jax.perception.decode import Frame
+from mmmem_jax.perception.extraction import Extraction
+from mmmem_jax.perception.lite import EPISODIC_FPS, KEY_FRAME_GAP, every
+from mmmem_jax.perception.segment import Clip
+from mmmem_jax.perception.types import Percept, Work
+
+VISUAL_DIM = 256
+PROMPTS = ("caption_v1", "extract_v1")
+MAX_FRAMES = 16  # of a clip: four long clips are the paper's 64 frames of a decision
+CAPTION_TOKENS, EXTRACTION_TOKENS = 48, 160  # written at most
+ATTEMPTS = 3  # to get entities that can be read
+RETRY_TEMPERATURE = 0.7  # the first attempt takes the likeliest tokens
+# How it is recorded that the model wrote nothing, and nothing that could be read.
+NO_CAPTION, NO_ENTITIES = "caption", "extraction"
+
+
+class Embedder(NamedTuple):
+    """What brings texts and views into the memory's space; D is its `dim`."""
+
+    encoder: BertEncoder
+    pieces: Tokenizer  # of the encoder
+    query_prefix: str  # what the encoder wants before a question
+    words: Tokenizer  # of the language model
+    table: jax.Array  # [V, H] its embeddings of words
+    projection: np.ndarray  # [H, VISUAL_DIM] float32
+
+    @property
+    def dim(self) -> int:
+        """D, of the text part and the visual part together."""
+        return self.encoder.config.hidden_size + VISUAL_DIM
+
+
+class Folders(NamedTuple):
+    """Where the networks lie."""
+
+    checkpoint: Path
+    adapter: Path | None
+    text_encoder: Path
+
+
+def locate(checkpoint: str | Path, adapter: str | Path, text_encoder: str | Path) -> Folders:
+    """The folders of what is given as folder or repo id, downloaded where they are not here.
+
+    Args:
+      checkpoint: of a Qwen3-VL.
+      adapter: of a LoRA by PEFT; "": none.
+      text_encoder: of a BERT such as bge-large-en-v1.5; "": all-MiniLM-L6-v2.
+
+    Raises:
+      UserError: if one is neither a folder nor can be downloaded.
+    """
+    return Folders(
+        params.resolve(checkpoint),
+        params.resolve(adapter) if adapter else None,
+        params.resolve(text_encoder) if text_encoder else weights.fetch_minilm(),
+    )
+
+
+def fingerprints(folders: Folders) -> dict[str, str]:
+    """What tells each of the networks from others; "" where there is none."""
+    named = folders._asdict().items()
+    return {name: "" if folder is None else fingerprint(folder) for name, folder in named}
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's files: names, sizes, and the first and last MB of each."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors"):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{path.name} {size} ".encode() + file.read(1 << 20))
+                file.seek(max(size - (1 << 20), 0))
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def load_embedder(speaker: Speaker, folder: Path) -> Embedder:
+    """Loads the sentence encoder of a folder, beside a model that is loaded already.
+
+    Args:
+      speaker: whose space of words the visual part comes from.
+      folder: of the encoder.
+
+    Raises:
+      UserError: if the encoder cannot be read.
+    """
+    encoder, pieces = text_encoder.load_text_encoder(folder)
+    # BERTs that pool their first token (bge, arctic-embed, mxbai) were trained with this.
+    wants_prefix = encoder.config.pooling == "cls"
+    return Embedder(
+        encoder,
+        pieces,
+        text_encoder.BGE_QUERY_PREFIX if wants_prefix else "",
+        speaker.chat.tokenizer,
+        speaker.params["embed"]["embedding"][...],
+        _projection(speaker.config.text.hidden_size),
+    )
+
+
+def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Float[np.ndarray, "B D"]:
+    """Texts of the memory, [t, 0]; float32, of unit length."""
+    rows = 8 if len(texts) <= 8 else 64  # few shapes, so few programs
+    found, _ = text_encoder.encode_texts(embedder.encoder, embedder.pieces, texts, batch_size=rows)
+    return np.pad(found, ((0, 0), (0, VISUAL_DIM)))
+
+
+def embed_visual(embedder: Embedder, views: Float[np.ndarray, "B H"]) -> Float[np.ndarray, "B D"]:
+    """Means of visual tokens, [0, v]; float32, of unit length."""
+    seen = _unit(views.astype(np.float32) @ embedder.projection)
+    return np.pad(seen, ((0, 0), (embedder.encoder.config.hidden_size, 0)))
+
+
+def embed_query(
+    embedder: Embedder, texts: Sequence[str], *, prefix: str | None = None
+) -> Float[np.ndarray, "B D"]:
+    """Questions to a memory, [t, v]; float32, of unit length, both parts weighing the same.
+
+    Args:
+      embedder: that the memory was made with.
+      texts: one or more.
+      prefix: before each for the sentence encoder; None: what that wants before questions.
+    """
+    prefix = embedder.query_prefix if prefix is None else prefix
+    told = embed_texts(embedder, [prefix + text for text in texts])
+    meant = embed_visual(embedder, _mean_words(embedder, texts))
+    return (told + meant) / np.sqrt(np.float32(2))
+
+
+def background(embedder: Embedder) -> Float[np.ndarray, "B D"]:
+    """Queries for common things, which tell how near a question is to anything at all."""
+    return embed_query(embedder, prompts.read("nouns_v1").splitlines(), prefix="")
+
+
+def _projection(width: int) -> np.ndarray:
+    """The same random directions for every model of a width."""
+    return np.random.default_rng(0).standard_normal((width, VISUAL_DIM), np.float32)
+
+
+def _mean_words(embedder: Embedder, texts: Sequence[str]) -> Float[np.ndarray, "B H"]:
+    """The mean of each text's embedded tokens."""
+    tokens = [embedder.words.encode(text, add_special_tokens=False).ids for text in texts]
+    ids, mask = text_encoder.pad_batch(tokens, len(tokens), max(map(len, tokens), default=1))
+    return np.asarray(_masked_mean(embedder.table, ids, mask))
+
+
+@jax.jit
+def _masked_mean(
+    table: Float[Array, "V H"], ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B H"]:
+    found = table[ids].astype(jnp.float32) * mask[..., None]
+    return found.sum(1) / mask.sum(1, keepdims=True)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
+class Notes(NamedTuple):
+    """What the model wrote of one clip."""
+
+    caption: str
+    entities: Extraction | None  # None: nothing that it wrote could be read
+    probability: float  # of the entities as written, geometric mean over tokens
+
+
+PerceiveFn = Callable[[Sequence[Clip], np.ndarray | None], list[Percept]]
+
+
+def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> PerceiveFn:
+    """perceive(clips, before) -> percepts; `before` is the `coarse` of the clip before, or None.
+
+    Args:
+      speaker: sees and writes.
+      embedder: of texts and views.
+      context: tokens that the conversation about a clip may have.
+
+    Raises:
+      UserError: if the model has no such context; and when called, if a clip does not fit it.
+    """
+    talk = conversation.tell(speaker, conversation.begin(speaker, context), _opening())
+    start = conversation.mark(talk)
+    told_of = 0  # tokens read that a percept has told of
+
+    def perceive(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
+        nonlocal talk, told_of
+        percepts = []
+        for clip in clips:
+            key, shown = _choose(clip)
+            seen = look(speaker, shown)
+            talk = conversation.rewind(talk, start)
+            notes, anew, talk = take_notes(speaker, talk, clip, seen)
+            frames = frames_in(speaker, seen)
+            work = Work(talk.tokens_read - told_of, frames, sum(anew), frames * len(anew))
+            told_of = talk.tokens_read
+            percept = _percept(speaker, embedder, clip, notes, key, seen, before)
+            percepts.append(percept._replace(work=work))
+            before = percept.item.coarse
+        return percepts
+
+    return perceive
+
+
+def look(speaker: Speaker, frames: Sequence[Frame]) -> Seen:
+    """Encodes frames, of which one alone is shown twice: a temporal patch has two."""
+    shown = frames if len(frames) > 1 else [*frames, *frames]
+    images = np.stack([frame.image for frame in shown])
+    return conversation.see(speaker, images, [frame.time for frame in shown])
+
+
+def take_notes(
+    speaker: Speaker, talk: Talk, clip: Clip, seen: Seen
+) -> tuple[Notes, list[int], Talk]:
+    """Lets the model write the caption of a clip, then its entities.
+
+    Args:
+      speaker: who.
+      talk: that has read how to do it.
+      clip: whose subtitles are told.
+      seen: its frames.
+
+    Returns:
+      What it wrote; the tokens of every prompt with what was written after it; the conversation.
+    """
+    subtitles = prompts.plain(subtitles_of(clip))
+    told = f'\nSubtitles: "{subtitles}"' if subtitles else ""
+    talk = conversation.show(speaker, talk, seen)
+    talk = conversation.tell(speaker, talk, f"{told}{TURN_END}\n{prompts.ANSWER}")
+    place = conversation.mark(talk)
+    said, talk = conversation.say(speaker, talk, max_new_tokens=CAPTION_TOKENS)
+    anew, caption = [in_view(talk)], prompts.plain(said.text)
+    # Told again as it is kept, so that what is read from here on depends on nothing else.
+    talk = conversation.rewind(talk, place)
+    asked = prompts.turn("user", "Entities?") + prompts.ANSWER
+    talk = conversation.tell(speaker, talk, f"{caption}{TURN_END}\n{asked}")
+    place = conversation.mark(talk)
+    entities, probability = None, 0.0
+    for attempt in range(ATTEMPTS):
+        said, talk = conversation.say(
+            speaker,
+            talk,
+            max_new_tokens=EXTRACTION_TOKENS,
+            rng_key=jax.random.fold_in(jax.random.key(clip.index), attempt),
+            temperature=RETRY_TEMPERATURE if attempt else 0.0,
+        )
+        anew.append(in_view(talk))
+        talk = conversation.rewind(talk, place)
+        try:
+            entities = extraction.parse(said.text)
+        except ValueError:
+            continue  # if it stays like that, the clip's record says so
+        probability = float(np.exp(np.mean(said.log_probs)))
+        break
+    return Notes(caption, entities, probability), anew, talk
+
+
+def frames_in(speaker: Speaker, seen: Seen) -> int:
+    """Frames that were encoded, those that only fill up a temporal patch included."""
+    return seen.shown.pixels.grid[0] * speaker.config.vision.temporal_patch_size
+
+
+def in_view(talk: Talk) -> int:
+    """Tokens that the next one would look at."""
+    return int(talk.cache.valid.sum())
+
+
+def subtitles_of(clip: Clip) -> str:
+    """What was said or written meanwhile, each cue once."""
+    return " ".join(dict.fromkeys(cue.text for cue in clip.cues))
+
+
+def _opening() -> str:
+    system = "\n\n".join(prompts.read(name) for name in PROMPTS)
+    return prompts.turn("system", system) + f"{prompts.TURN_START}user\n"
+
+
+def _choose(clip: Clip) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+    """The key frames of a clip, and the frames that the model is shown."""
+    key = salient.salient_frames(np.stack([frame.image for frame in clip.frames]), KEY_FRAME_GAP)
+    shown = every(clip.frames, EPISODIC_FPS)
+    if len(shown) > MAX_FRAMES:
+        shown = [shown[i] for i in np.linspace(0, len(shown) - 1, MAX_FRAMES).round().astype(int)]
+    return tuple(clip.frames[i] for i in key), tuple(clip.frames[i] for i in shown)
+
+
+def _percept(
+    speaker: Speaker,
+    embedder: Embedder,
+    clip: Clip,
+    notes: Notes,
+    key: tuple[Frame, ...],
+    seen: Seen,
+    before: np.ndarray | None,
+) -> Percept:
+    subtitles = subtitles_of(clip)
+    text = f'{notes.caption} Subtitle: "{subtitles}"' if subtitles else notes.caption
+    found = Extraction((), -1) if notes.entities is None else notes.entities
+    return Percept(
+        index=clip.index,
+        span=clip.span,
+        caption=text,
+        subtitles=subtitles,
+        labels=tuple((entity.name, notes.probability) for entity in found.entities),
+        key_frames=key,
+        item=_make_item(speaker, embedder, clip, text, found, key, seen, before),
+        failed=(
+            *((NO_CAPTION,) if not notes.caption else ()),
+            *((NO_ENTITIES,) if notes.entities is None else ()),
+        ),
+        seen=seen,
+    )
+
+
+def _make_item(
+    speaker: Speaker,
+    embedder: Embedder,
+    clip: Clip,
+    text: str,
+    found: Extraction,
+    key: tuple[Frame, ...],
+    seen: Seen,
+    before: np.ndarray | None,
+) -> Item:
+    """The memory's item of a clip (eq. 1): `visual` of what stands out, `coarse` of all."""
+    named = [f"{entity.name}, {entity.gloss}" for entity in found.entities]
+    told = embed_texts(embedder, [text, *named])
+    means, times = patch_means(speaker, seen), np.array(seen.shown.times)
+    salient_patches = sorted({int(np.abs(times - frame.time).argmin()) for frame in key})
+    visual, coarse = embed_visual(
+        embedder, np.stack([means[salient_patches].mean(0), means.mean(0)])
+    )
+    mention = np.zeros((extraction.MAX_ENTITIES, embedder.dim), np.float32)
+    mention[: len(named)] = told[1:]
+    return Item(
+        visual=visual,
+        coarse=coarse,
+        text=told[0],
+        span=np.array(clip.span, np.float32),
+        tokens=np.int32(len(speaker.chat.tokenizer.encode(text, add_special_tokens=False).ids)),
+        mention=mention,
+        mention_valid=np.arange(extraction.MAX_ENTITIES) < len(named),
+        change=np.float32(1.0 if before is None else 1.0 - before @ coarse),
+        relation=np.int32(found.relation),
+        trace_id=np.int32(clip.index),
+        valid=np.bool_(True),
+    )
+
+
+def patch_means(speaker: Speaker, seen: Seen) -> Float[np.ndarray, "T H"]:
+    """The mean token of each temporal patch; float32."""
+    t, height, width = seen.shown.pixels.grid
+    rows = np.asarray(seen.visual.embeddings).astype(np.float32)
+    rows = rows.reshape(-1, seen.frame_tokens, rows.shape[-1])
+    return rows[:t, : height * width // speaker.config.vision.merge_unit].mean(1)
