@@ -3,7 +3,8 @@
 #   bash test.sh [PYTEST ARGUMENTS]     e.g. bash test.sh tests/flags_test.py -k help
 # PYTHON=python3.11 chooses the interpreter, VENV=DIR the environment (default .venv-test), which is
 # made anew where PYTHON names another version than it has. Without arguments, a second job compiles
-# the programs for TPUs ahead of time.
+# the programs for TPUs ahead of time, and a third compares Qwen3-VL with the public PyTorch
+# implementation: where pip finds a build of PyTorch for CPUs (others take gigabytes), or PARITY=1.
 set -euo pipefail
 clone=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/venv.sh
@@ -20,7 +21,20 @@ cd -- "$clone"
 cp -R -- mmmem_jax LICENSE ./*.* "$stage/source"
 find "$stage/source" -name __pycache__ -prune -exec rm -rf -- {} +
 
-ensure_venv "$venv" "$clone" "$stage/source[test,aot]"
+# Whether what PyTorch pip would install is a build for CPUs alone.
+finds_torch_for_cpus() {
+  local pin
+  pin=$(grep '^torch==' "$clone/requirements.txt")
+  "$venv/bin/python" -m pip install --dry-run --no-deps --ignore-installed --quiet \
+    --disable-pip-version-check --report - "$pin" 2>/dev/null | grep -q '%2Bcpu'
+}
+
+extras=test,aot
+make_venv "$venv"
+if [[ ${PARITY:-} == 1 ]] || finds_torch_for_cpus; then
+  extras+=,parity
+fi
+ensure_venv "$venv" "$clone" "$stage/source[$extras]"
 python=$venv/bin/python
 
 echo 'Linting'
@@ -52,4 +66,10 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$python" -m pytest --numprocesses 2 --dist loa
 if ((!$#)); then
   echo 'Compiling ahead of time for TPUs'
   "$python" -m pytest -m aot
+  if [[ $extras == *parity ]]; then
+    echo 'Comparing with PyTorch'
+    "$python" -m pytest --numprocesses 2 -m parity
+  else
+    echo 'No PyTorch for CPUs is at hand: not compared with it (PARITY=1 takes any)'
+  fi
 fi

@@ -46,7 +46,7 @@ def attend(
         go by XLA.
       key: of the same dtype.
       value: of the same dtype.
-      causal: no query looks at keys after it; S is L then.
+      causal: no query looks at keys after it; S is L, and there is no mask.
       key_lengths: int32, keys from there on are padding; None: there is none.
       mask: True where a query may look; None: everywhere. With one splash attention cannot run.
       implementation: one of IMPLEMENTATIONS.
