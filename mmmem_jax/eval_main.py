@@ -5,10 +5,10 @@
     python -m mmmem_jax.eval_main --workdir=runs/sib_grpo --follow
 
 Writes results.json, questions.jsonl, report.html and summary.png to WORKDIR/eval and prints the
-results; of a lite run results.json alone. --step=best takes the checkpoint whose task reward was
-highest in training, as the mean over the steps since the report before. --follow, which may be
-started before main, first evaluates every checkpoint as it appears, until training has ended: the
-learned manager alone, one line a checkpoint in curve.jsonl.
+results; of a lite or qwen3_vl run results.json alone. --step=best takes the checkpoint whose task
+reward was highest in training, as the mean over the steps since the report before. --follow, which
+may be started before main, first evaluates every checkpoint as it appears, until training has
+ended: the learned manager alone, one line a checkpoint in curve.jsonl.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,24 @@ def evaluate_lite(workdir: Path) -> None:
         print(f"manager: {EXPORT.value}")
 
 
-JOBS = {"world": evaluate_world, "text": evaluate_text, "lite": evaluate_lite}
+def evaluate_qwen3_vl(workdir: Path) -> None:
+    """Evaluates a run of Qwen3-VL."""
+    _no_num_streams("qwen3_vl", "config")
+    if FOLLOW.value:
+        raise UserError("--follow does not apply to a qwen3_vl run; leave it out")
+    from mmmem_jax.evals import qwen3_vl_eval
+
+    run = qwen3_vl_eval.load_run(workdir)
+    results = qwen3_vl_eval.full_evaluation(run, workdir, wanted_step(workdir))
+    print(qwen3_vl_eval.format_table(results["policies"]))
+
+
+JOBS = {
+    "world": evaluate_world,
+    "text": evaluate_text,
+    "lite": evaluate_lite,
+    "qwen3_vl": evaluate_qwen3_vl,
+}
 
 
 def main(argv: list[str]) -> None:

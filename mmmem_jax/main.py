@@ -70,6 +70,7 @@ JOBS = {
     "world": "mmmem_jax.train.world_job",
     "text": "mmmem_jax.train.text_job",
     "lite": "mmmem_jax.train.lite_job",
+    "qwen3_vl": "mmmem_jax.train.qwen3_vl_job",
 }
 
 

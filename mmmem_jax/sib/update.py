@@ -130,7 +130,7 @@ def _share(action, valid, kind):
     return hits / jnp.maximum((valid & jnp.ones_like(action, bool)).sum(), 1)
 
 
-def _rollout_metrics(traj, terms, reward, adv, config: SibConfig) -> dict[str, Array]:
+def rollout_metrics(traj, terms, reward, adv, config: SibConfig) -> dict[str, Array]:
     """What is logged of a batch of rollouts, reward terms before and after weighting."""
     total = {name: getattr(terms, name).sum(-1) for name in terms._fields}
     shares = {
@@ -244,7 +244,7 @@ def make_update(
         (params, opt_state), inner_metrics = jax.lax.scan(
             inner, (state.params, state.opt_state), length=config.inner_epochs
         )
-        metrics = _rollout_metrics(traj, terms, reward, adv, config)
+        metrics = rollout_metrics(traj, terms, reward, adv, config)
         ref_from = manager.logits_fn(graphdef, state.params, seen, ref.context)
         gained = jnp.where(ref.valid, _log_prob_of(ref_from, ref.action) - ref.log_prob, 0.0)
         drawn = objective.Draws(terms.log_ratio.sum(-1), traj.tokens)

@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mmmem_jax.data.encoded import EncodedStream
+from mmmem_jax.data.token_streams import TokenStream
 from mmmem_jax.errors import UserError
 from mmmem_jax.sib.update import ManagerState
 from mmmem_jax.train import sharding
+from mmmem_jax.train.state import TrainState
 
 # Gigabytes of HBM on a chip: https://docs.cloud.google.com/tpu/docs/v5p and its neighbours v4,
 # v5e, v6e; each of their devices is a chip.
@@ -39,12 +41,14 @@ COLLECTIVES = (
 
 
 class Program(NamedTuple):
-    """An update to compile; the state and the batch may be shapes alone."""
+    """An update to compile; the state, the batch and what is frozen may be shapes alone."""
 
     mesh: Mesh
-    state: ManagerState
+    state: ManagerState | TrainState
     update: Callable
-    batch: EncodedStream
+    batch: EncodedStream | TokenStream
+    frozen: tuple = ()  # trees that the update takes after the batch
+    rules: sharding.Rules = sharding.RULES  # where state and frozen arrays lie
 
 
 class Collective(NamedTuple):
@@ -99,14 +103,18 @@ def memory_of_device(topology: str | None, device: jax.Device) -> int:
 
 def compile_program(program: Program) -> jax.stages.Compiled:
     """The compiled update of a program, its state donated as in training."""
-    mesh, state, update, batch = program
+    mesh = program.mesh
 
     def on_mesh(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    state = jax.tree.map(on_mesh, state, sharding.by_rules(mesh, state))
-    batch = jax.tree.map(lambda x: on_mesh(x, sharding.batch_sharding(mesh)), batch)
-    return jax.jit(update, donate_argnums=0).lower(state, batch).compile()
+    state, frozen = jax.tree.map(
+        on_mesh,
+        (program.state, program.frozen),
+        sharding.by_rules(mesh, (program.state, program.frozen), program.rules),
+    )
+    batch = jax.tree.map(lambda x: on_mesh(x, sharding.batch_sharding(mesh)), program.batch)
+    return jax.jit(program.update, donate_argnums=0).lower(state, batch, *frozen).compile()
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:

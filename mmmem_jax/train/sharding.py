@@ -122,13 +122,13 @@ def replicate(mesh: Mesh, tree):
 
 
 def keep_placed(mesh: Mesh, update: Callable, rules: Rules = RULES) -> Callable:
-    """An update (state, batch) -> (state, metrics) that leaves the state where the rules have it.
+    """An update (state, batch, ...) -> (state, metrics) that leaves the state where rules have it.
 
     XLA would be free to return it elsewhere, and the next call to compile again for that.
     """
 
-    def placed(state, batch):
-        state, metrics = update(state, batch)
+    def placed(state, batch, *frozen):
+        state, metrics = update(state, batch, *frozen)
         return jax.lax.with_sharding_constraint(state, by_rules(mesh, state, rules)), metrics
 
     return placed

@@ -131,8 +131,9 @@ def fit(
     fit_config: FitConfig,
     put_batch: Callable = jax.device_put,
     on_update: OnUpdate | None = None,
+    frozen: tuple = (),
 ):
-    """Runs `update_fn(state, batch) -> (state, metrics)` until `num_steps`, or resumes.
+    """Runs `update_fn(state, batch, *frozen) -> (state, metrics)` until `num_steps`, or resumes.
 
     What is random must follow from `state` and the batch, so a killed run that resumes from its
     newest checkpoint goes through the same states and logs the same rows. Metrics are means over
@@ -153,6 +154,7 @@ def fit(
       fit_config: steps and intervals.
       put_batch: host batch to device batch.
       on_update: called as `on_update(step, state)` before the first update and after each.
+      frozen: trees of arrays that updates read and nothing changes; they are not saved.
 
     Raises:
       UserError: if a metric, or a state about to be saved, is not finite.
@@ -179,7 +181,7 @@ def fit(
             while step < fit_config.num_steps and not stops:
                 batch = window.load(lambda: put_batch(next(loader)))
                 with jax.transfer_guard("disallow"):
-                    state, metrics = update(state, batch)
+                    state, metrics = update(state, batch, *frozen)
                 step += 1
                 if on_update:
                     on_update(step, state)
