@@ -39,10 +39,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
     config.lora = ml_collections.ConfigDict({"rank": 64, "alpha": 128.0})
 
-    # With max_new_tokens = 1 the model decides and nodes hold captions; with more (and the prompt
-    # train_write_v1) it also writes their text.
+    # decide_v1 is what `mmmem build` decides by. With max_new_tokens = 1 the model decides and
+    # nodes hold captions; with more it also writes their text.
     config.decide = ml_collections.ConfigDict(
-        {"prompt": "train_decide_v1", "max_new_tokens": 1, "temperature": 0.7}
+        {"prompt": "decide_v1", "max_new_tokens": 1, "temperature": 0.7}
     )
     # Who answers for the reward: "likelihood", the model without its adapter, or "overlap", words
     # that nodes and options share, for models too small to read.
@@ -74,6 +74,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.widths.update({"caption": 12, "question": 40, "subject": 4, "option": 4})
         config.memory.update({"num_nodes": 4, "max_tokens": 16})
         config.lora.update({"rank": 8, "alpha": 16.0})
+        config.decide.prompt = "train_decide_v1"  # short; train_write_v1 where text is written too
         config.reader.kind = "overlap"
         config.sft.update({"learning_rate": 1e-2, "log_every": 1, "save_every": 2})
         config.manager.update(

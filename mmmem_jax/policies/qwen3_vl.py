@@ -139,6 +139,15 @@ def trace_of(text: str, word: str) -> str | None:
     return sentence.strip() or None if text.startswith(f"{word}:") else None
 
 
+def layout(episode: str, frame: str, caption: str) -> str:
+    """A decision's prompt about an episode that is known by its text alone; what training shows."""
+    return f"{_opening()}\n{episode}\n{frame}\n{caption}\n{QUESTION}"
+
+
+def _opening() -> str:
+    return prompts.turn("system", prompts.read(PROMPT)) + f"{TURN_START}user\n"
+
+
 def _note(caption: str) -> str:
     return f"\n{prompts.plain(caption)}\n"
 
@@ -146,8 +155,7 @@ def _note(caption: str) -> str:
 def _open(speaker: Speaker, context: int) -> Episode:
     """No episode yet."""
     talk = conversation.begin(speaker, context)
-    opening = prompts.turn("system", prompts.read(PROMPT)) + f"{TURN_START}user\n"
-    talk = conversation.tell(speaker, talk, opening)
+    talk = conversation.tell(speaker, talk, _opening())
     start = conversation.mark(talk)
     return Episode(talk, start, start, 0, Work(tokens=talk.tokens_read))
 

@@ -4,6 +4,9 @@
 
 Every part has room for its longest, and tokens count where they are valid, so that prompts of any
 state have one shape. Positions are those of `models.qwen3_vl.inputs`: as if nothing lay between.
+
+The prompt named `policies.qwen3_vl.PROMPT` is the one that `mmmem build` decides by, laid out and
+answered likewise, but that an episode is its text, without its frames, and a clip one frame.
 """
 
 from collections.abc import Sequence
@@ -21,11 +24,13 @@ from mmmem_jax.models.qwen3_vl.chat import VISION_END, VISION_START, Chat, rende
 from mmmem_jax.models.qwen3_vl.config import VisionConfig
 from mmmem_jax.models.qwen3_vl.modeling import Tokens
 from mmmem_jax.models.qwen3_vl.vision import VisualInputs, grid_positions
+from mmmem_jax.policies import qwen3_vl as manager
 
 FRAME = "{frame}"
 PARTS = ("{node}", FRAME, "{caption}")  # of a decision's prompt, in order
 MEMORY_AND_QUESTION = "{memory}{question}"  # of a reader's
-ACTION_WORDS = ("A", "M", "D")  # what the model answers to ADD_NEW, MERGE, DISCARD
+# Answered for ADD_NEW, MERGE, DISCARD; `policies.qwen3_vl.WORDS` where its prompt is used.
+ACTION_WORDS = ("A", "M", "D")
 # Where there is no tokenizer to count: of English, and of the turns around a prompt, about.
 CHARACTERS_A_TOKEN, TURN_TOKENS = 4, 5
 
@@ -34,7 +39,7 @@ class Wording(NamedTuple):
     """What is the same in all prompts of a run, and what may be answered; token ids."""
 
     pieces: tuple[tuple[int, ...], ...]  # before, between and after PARTS
-    action_ids: tuple[int, ...]  # of ACTION_WORDS
+    action_ids: tuple[int, ...]  # the first token of the answer, by action
     stop_ids: tuple[int, ...]  # end an answer
     image_id: int  # stands for a frame's tokens
 
@@ -69,9 +74,11 @@ def load_wording(chat: Chat, name: str) -> Wording:
     Raises:
       UserError: if the tokenizer has no token, or no token of its own, for an action's word.
     """
-    return Wording(
-        _pieces(chat, name, PARTS), _single(chat, ACTION_WORDS), chat.stop_ids, chat.image_id
-    )
+    if name == manager.PROMPT:
+        action_ids = manager.action_ids(chat)
+    else:
+        action_ids = _single(chat, ACTION_WORDS)
+    return Wording(_pieces(chat, name, PARTS), action_ids, chat.stop_ids, chat.image_id)
 
 
 def load_reading(chat: Chat, name: str) -> Reading:
@@ -96,13 +103,18 @@ def sized_reading(name: str) -> Reading:
 
 
 def _pieces(chat: Chat, name: str, parts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    messages = [{"role": "user", "content": prompts.read(name)}]
-    text = render(chat, messages, add_generation_prompt=True)
+    text = _read(name)
+    if name != manager.PROMPT:
+        text = render(chat, [{"role": "user", "content": text}], add_generation_prompt=True)
     return tuple(_encode(chat, piece) for piece in _cut(text, name, parts))
 
 
+def _read(name: str) -> str:
+    return manager.layout(*PARTS) if name == manager.PROMPT else prompts.read(name)
+
+
 def _sizes(name: str, parts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    pieces = _cut(prompts.read(name), name, parts)
+    pieces = _cut(_read(name), name, parts)
     return tuple((0,) * (TURN_TOKENS + len(piece) // CHARACTERS_A_TOKEN) for piece in pieces)
 
 

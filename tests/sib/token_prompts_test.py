@@ -13,6 +13,7 @@ from mmmem_jax.models.qwen3_vl import inputs
 from mmmem_jax.models.qwen3_vl.chat import load_chat
 from mmmem_jax.models.qwen3_vl.images import Pixels, Visual
 from mmmem_jax.models.qwen3_vl.vision import visual_inputs
+from mmmem_jax.policies import qwen3_vl as manager
 from mmmem_jax.sib import token_prompts
 from mmmem_jax.sib.token_prompts import Clips, Nodes
 from mmmem_jax.testing.qwen3_vl import TINY, write_tokenizer
@@ -66,6 +67,20 @@ def test_a_prompt_is_that_of_the_whole_conversation(chat, name, node):
         assert found.valid[row, -1]
 
 
+def test_the_prompt_of_the_build_is_laid_out_and_answered_as_there(chat):
+    wording = token_prompts.load_wording(chat, manager.PROMPT)
+    parts = [encode(chat, x) for x in (NODE, "<|image_pad|>", CAPTION)]
+    ids = [*wording.pieces[0]]
+    for part, piece in zip(parts, wording.pieces[1:], strict=True):
+        ids += [*part, *piece]
+    frame = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False) == (
+        f"<|im_start|>system\n{prompts.read(manager.PROMPT)}<|im_end|>\n<|im_start|>user\n"
+        f"\n{NODE}\n{frame}\n{CAPTION}\n{manager.QUESTION}"
+    )
+    assert wording.action_ids == manager.action_ids(chat)
+
+
 def test_completions_follow_at_the_next_positions(chat):
     wording = token_prompts.load_wording(chat, DECISIONS[0])
     node, caption = padded([1, 2], 4), padded([3], 2)
@@ -108,7 +123,7 @@ def test_a_reader_has_a_letter_for_each_option(chat):
     assert chat.tokenizer.decode(list(reading.separator_ids)) == "\n"
 
 
-@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.parametrize("name", [*DECISIONS, manager.PROMPT])
 def test_plans_have_pieces_for_the_same_parts(chat, name):
     planned, real = token_prompts.sized_wording(name), token_prompts.load_wording(chat, name)
     assert len(planned.pieces) == len(real.pieces) == 4
