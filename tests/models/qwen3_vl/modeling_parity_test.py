@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from mmmem_jax.models.qwen3_vl.chat import load_chat
+from mmmem_jax.models.qwen3_vl.generate import decode, prefill
 from mmmem_jax.models.qwen3_vl.images import read_image_config
 from mmmem_jax.models.qwen3_vl.inputs import Prompt, batch, encode_messages, message_visuals
 from mmmem_jax.models.qwen3_vl.modeling import Tokens, init_cache
@@ -247,6 +248,32 @@ def test_two_pieces_through_the_cache(side, split, asking, wanted):
     assert cache.next_position.tolist() == following
     last = np.stack([wanted[name].logits[-1] for name in asking.asked])
     assert error(nnx.merge(*split).logits(cache.hidden), last) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_written_and_how_likely_they_were(side, split, reference, asking):
+    """All conversations in one batch through the cache, against one after the other there."""
+    tokens, count = padded(asking, side), 8
+    visual, _, _ = forward(*split, tokens, asking.visual)
+    cache = init_cache(TINY.text, len(asking.asked), LENGTH + count, jnp.float32)
+    cache = prefill(*split, tokens, visual, cache, chunk=LENGTH // 2)
+    out, _ = decode(
+        *split, jax.random.key(0), cache, max_new_tokens=count, stop_ids=(TINY.video_token_id,)
+    )
+    errors = {}
+    for row, (name, asked) in enumerate(asking.asked.items()):
+        wanted = reference.generate(
+            **asked.reference, max_new_tokens=count, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, eos_token_id=TINY.video_token_id, pad_token_id=0,
+        )  # fmt: skip
+        written = wanted.sequences[0, len(asked.prompt.ids) :].numpy()
+        valid = np.asarray(out.valid[row])
+        assert np.asarray(out.ids[row])[valid].tolist() == written.tolist(), name
+        logits = torch.stack(wanted.logits)[:, 0].log_softmax(-1)
+        likely = logits[torch.arange(len(written)), torch.tensor(written)]
+        errors[name] = error(out.log_probs[row][valid], likely)
+    print("generated", side, errors)
+    assert max(errors.values()) < TOLERANCE
 
 
 def test_bfloat16(folder, asking, wanted):
