@@ -1,5 +1,6 @@
 """What every test shares: JAX on eight CPU devices, its compilation cache, real data if present."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,6 +28,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # this process alone, for the mesh tests
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000  # Linux gives a process 65,530; past them XLA crashes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    """Between files, lets go of compiled programs, each of which maps some pages of memory."""
+    yield
+    if MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
