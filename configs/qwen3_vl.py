@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.widths = ml_collections.ConfigDict(  # most tokens of each text
         {"caption": 32, "question": 64, "subject": 16, "option": 8}
     )
-    config.memory = ml_collections.ConfigDict({"num_nodes": 16, "max_tokens": 32})
+    config.memory = ml_collections.ConfigDict({"num_nodes": 16, "max_tokens": 64})
     config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
     config.lora = ml_collections.ConfigDict({"rank": 64, "alpha": 128.0})
 

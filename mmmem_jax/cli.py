@@ -24,7 +24,7 @@ from mmmem_jax.errors import UserError
 
 DEFAULT_SLOTS = 512
 BACKBONES = ("lite", "qwen3_vl")
-_QWEN3_VL_FLAGS = ("checkpoint", "adapter", "text_encoder", "reranker", "context", "mode")
+_MODEL_FLAGS = ("checkpoint", "adapter", "text_encoder", "context")  # of qwen3_vl
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,26 +99,11 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 def _memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
-        choices=("lite", "qwen3_vl"),
+        choices=BACKBONES,
         default="lite",
         help="what looks at the video: small networks (lite, the default), or the paper's model",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="the Qwen3-VL of --backbone=qwen3_vl: a folder, or a repo id such as"
-        " Qwen/Qwen3-VL-8B-Instruct",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA for it, as PEFT saves them")
-    parser.add_argument(
-        "--text-encoder",
-        metavar="DIR",
-        help="a BERT that embeds its texts, such as BAAI/bge-large-en-v1.5 (default:"
-        " all-MiniLM-L6-v2)",
-    )
-    parser.add_argument(
-        "--context", type=_tokens, metavar="TOKENS", help="that it may read (default: 8192)"
-    )
+    _model_flags(parser)
     parser.add_argument(
         "--policy",
         help="who decides what is kept: the backbone's own manager (the default), a fixed rule such"
@@ -137,6 +122,29 @@ def _memory_flags(parser: argparse.ArgumentParser) -> None:
         "--again",
         action="store_true",
         help="forget what is remembered of the video, and start anew",
+    )
+
+
+def _model_flags(parser) -> None:
+    """The models of backbone qwen3_vl; `parser` may be a group of one."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="the Qwen3-VL of backbone qwen3_vl: a folder, or a repo id such as"
+        " Qwen/Qwen3-VL-8B-Instruct",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA for it, as PEFT saves them")
+    parser.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="the BERT that embeds a memory's texts, such as BAAI/bge-large-en-v1.5 (default:"
+        " all-MiniLM-L6-v2)",
+    )
+    parser.add_argument(
+        "--context",
+        type=_tokens,
+        metavar="TOKENS",
+        help="that it may read (default: 8192, or all that the model knows)",
     )
 
 
@@ -178,23 +186,9 @@ def _add_ask(commands) -> None:
         choices=BACKBONES,
         help="what the memory was made with (default: what it says of itself)",
     )
-    model.add_argument(
-        "--checkpoint", metavar="DIR", help="folder or Hugging Face name of the Qwen3-VL to ask"
-    )
-    model.add_argument("--adapter", metavar="DIR", help="PEFT adapter onto the checkpoint")
-    model.add_argument(
-        "--text-encoder",
-        metavar="DIR",
-        help="sentence encoder that the memory was made with (default: MiniLM)",
-    )
+    _model_flags(model)
     model.add_argument(
         "--reranker", metavar="DIR", help="cross-encoder that ranks entities (default: none)"
-    )
-    model.add_argument(
-        "--context",
-        type=_tokens,
-        metavar="N",
-        help="tokens a prompt may have (default: 8192, or all that the model knows)",
     )
     model.add_argument(
         "--mode",
@@ -227,8 +221,7 @@ def _settings(args: argparse.Namespace):
     """build.Settings of the flags; those of another backbone are refused."""
     from mmmem_jax.video.build import Settings
 
-    names = ("checkpoint", "adapter", "text_encoder", "context")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: x for name in _MODEL_FLAGS if (x := getattr(args, name)) is not None}
     if args.backbone == "lite" and given:
         flag = "--" + next(iter(given)).replace("_", "-")
         raise UserError(f"{flag} is of --backbone=qwen3_vl; add that, or leave {flag} out")
@@ -240,17 +233,16 @@ def _settings(args: argparse.Namespace):
 
 @contextlib.contextmanager
 def _out_of_memory_told() -> Iterator[None]:
-    """Says in one line what to lower where the device has no room."""
+    """Says in one line what to lower where the device or the host has no room."""
     import jax
 
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the device has no memory left; lower --context, take a smaller --checkpoint, or free"
-            " the device"
+            "no memory is left; lower --context, take a smaller --checkpoint, or free some"
         ) from error
 
 
@@ -297,7 +289,7 @@ def _check_backbone(args: argparse.Namespace, backbone: str) -> None:
         if args.lm:
             raise UserError("--lm is for lite memories; qwen3_vl words its answers itself")
         return
-    for flag in _QWEN3_VL_FLAGS:
+    for flag in (*_MODEL_FLAGS, "reranker", "mode"):
         if getattr(args, flag) is not None:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} is for qwen3_vl; {args.memory} is asked with lite")

@@ -38,3 +38,9 @@ def test_text_from_elsewhere_holds_no_special_token(text):
 
 def test_a_turn_is_what_the_template_writes():
     assert prompts.turn("user", "Hello?") == "<|im_start|>user\nHello?<|im_end|>\n"
+
+
+@pytest.mark.parametrize("token", ["<think>", "</think>", "<tool_call>", "</tool_response>"])
+def test_nor_a_mark_of_thoughts_and_tools(token):
+    assert token not in prompts.plain(f"a{token}b")
+    assert prompts.plain("1 <2> <thinking>") == "1 <2> <thinking>"

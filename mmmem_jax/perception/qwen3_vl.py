@@ -209,9 +209,8 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
     Raises:
       UserError: if the model has no such context; and when called, if a clip does not fit it.
     """
-    talk = conversation.tell(speaker, conversation.begin(speaker, context), _opening())
-    start = conversation.mark(talk)
-    told_of = 0  # tokens read that a percept has told of
+    talk: Talk | None = _open(speaker, context)
+    start, told_of = conversation.mark(talk), 0  # tokens read that a percept has told of
 
     def perceive(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
         nonlocal talk, told_of
@@ -219,8 +218,11 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
         for clip in clips:
             key, shown = _choose(clip)
             seen = look(speaker, shown)
-            talk = conversation.rewind(talk, start)
-            notes, anew, talk = take_notes(speaker, talk, clip, seen)
+            if talk is None:
+                talk, told_of = _open(speaker, context), 0
+            # Taken over, so lost if the clip turns out not to fit.
+            begun, talk = conversation.rewind(talk, start), None
+            notes, anew, talk = take_notes(speaker, begun, clip, seen)
             frames = frames_in(speaker, seen)
             work = Work(talk.tokens_read - told_of, frames, sum(anew), frames * len(anew))
             told_of = talk.tokens_read
@@ -233,10 +235,9 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
 
 
 def look(speaker: Speaker, frames: Sequence[Frame]) -> Seen:
-    """Encodes frames, of which one alone is shown twice: a temporal patch has two."""
-    shown = frames if len(frames) > 1 else [*frames, *frames]
-    images = np.stack([frame.image for frame in shown])
-    return conversation.see(speaker, images, [frame.time for frame in shown])
+    """Encodes frames."""
+    images = np.stack([frame.image for frame in frames])
+    return conversation.see(speaker, images, [frame.time for frame in frames])
 
 
 def take_notes(
@@ -298,6 +299,11 @@ def in_view(talk: Talk) -> int:
 def subtitles_of(clip: Clip) -> str:
     """What was said or written meanwhile, each cue once."""
     return " ".join(dict.fromkeys(cue.text for cue in clip.cues))
+
+
+def _open(speaker: Speaker, context: int) -> Talk:
+    """A conversation that has read how to take notes."""
+    return conversation.tell(speaker, conversation.begin(speaker, context), _opening())
 
 
 def _opening() -> str:

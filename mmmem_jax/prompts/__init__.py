@@ -3,11 +3,14 @@
 Another wording is another file, never an edit: memories name the prompts that they were made with.
 """
 
+import re
 from pathlib import Path
 
 from mmmem_jax.models.qwen3_vl.chat import TURN_END, TURN_START
 
 ANSWER = f"{TURN_START}assistant\n"  # what the model writes next is its own
+# What begins a token of its own in Qwen's tokenizers.
+_MARK = re.compile(r"<(?=\||/?(?:think|tool_call|tool_response)>)")
 
 
 def read(name: str) -> str:
@@ -22,4 +25,4 @@ def turn(role: str, text: str) -> str:
 
 def plain(text: str) -> str:
     """Text from elsewhere in one line, with nothing in it that the model would take for a token."""
-    return " ".join(text.split()).replace("<|", "< |")
+    return _MARK.sub("< ", " ".join(text.split()))

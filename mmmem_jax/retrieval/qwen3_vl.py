@@ -21,7 +21,6 @@ from mmmem_jax.models.qwen3_vl import conversation
 from mmmem_jax.models.qwen3_vl.conversation import Said, Speaker
 from mmmem_jax.retrieval.top_down import RetrievalConfig, may_stop, next_stall
 
-CONTEXT = 8192  # tokens, where neither the user nor the model says less
 Mode = Literal["likelihood", "generate"]
 _YES, _NO = ("yes", "Yes"), ("no", "No")
 _LETTER = re.compile(r"([A-Z])(?:[.):,]|\s*$)", re.MULTILINE)
@@ -126,14 +125,19 @@ def make_reader(speaker: Speaker, num_slots: int) -> Reader:
     )
 
 
+def check_count(num_options: int) -> None:
+    """Raises UserError if there are more options than letters."""
+    if num_options > len(ascii_uppercase):
+        raise UserError(f"{num_options} options are too many; give {len(ascii_uppercase)} at most")
+
+
 def letter_ids(reader: Reader, num_options: int) -> tuple[int, ...]:
     """The tokens of A, B, C, ..., one for each option.
 
     Raises:
       UserError: if there are more options than letters, or a letter is not one token of its own.
     """
-    if num_options > len(ascii_uppercase):
-        raise UserError(f"{num_options} options are too many; give {len(ascii_uppercase)} at most")
+    check_count(num_options)
     found = [tuple(reader.encode(letter)) for letter in ascii_uppercase[:num_options]]
     for letter, ids in zip(ascii_uppercase, found, strict=False):
         if len(ids) != 1 or found.count(ids) > 1:

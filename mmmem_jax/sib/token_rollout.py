@@ -201,13 +201,7 @@ def rollout(
         number, clip, visual = inputs
         nodes = latest_nodes(jax.tree.map(lambda x: x[:, :1], traces) if shared else traces)
         key = jax.random.fold_in(rng_key, number)
-        written = write(decider, params, key, nodes, clip, visual, num_generations)
-        written = shard(
-            jax.tree.map(lambda x: x.reshape(b, num_generations, *x.shape[1:]), written)
-        )
-        action = action_of(decider, written.ids)
-        trace = trace_of(decider, written.ids, written.valid)
-        traces = remember(decider, traces, action, clip, trace)
+        written, action, traces = decide(decider, params, key, traces, nodes, clip, visual, shard)
         new_tokens = held(traces)
         new_task = task if credit == "trajectory" else read_fn(traces)
         gain = (new_task - task, new_tokens - tokens)
@@ -218,19 +212,19 @@ def rollout(
         return (shard(traces), new_task, new_tokens), (nodes, written, action, *gain)
 
     first = read_fn(traces)
-    carry = (traces, first, held(traces))
     (traces, last, tokens), out = jax.lax.scan(
-        step, carry, (jnp.arange(t), clips_of(batch), visual)
+        step, (traces, first, held(traces)), (jnp.arange(t), clips_of(batch), visual)
     )
     nodes, written, action, task, length = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
     if credit == "trajectory":
         last = read_fn(traces)
         task, length = (last - first)[..., None], length.sum(-1, keepdims=True)
+    decided = batch.valid[:, None, :, None]
     return TokenTrajectory(
         nodes=nodes,
         ids=written.ids,
-        token_valid=written.valid & batch.valid[:, None, :, None],
-        token_log_prob=jnp.where(batch.valid[:, None, :, None], written.log_probs, 0.0),
+        token_valid=written.valid & decided,
+        token_log_prob=jnp.where(decided, written.log_probs, 0.0),
         action=action,
         valid=batch.valid[:, None],
         task=shard(task),
@@ -241,6 +235,29 @@ def rollout(
         tokens=tokens,
         source_tokens=(batch.caption_valid & batch.valid[..., None]).sum((1, 2))[:, None],
     )
+
+
+def decide(
+    decider: Decider,
+    params: nnx.State,
+    rng_key: jax.Array,
+    traces: Traces,
+    nodes: Nodes,
+    clip: Clip,
+    visual: VisualTokens,
+    shard: Callable,
+) -> tuple[generate.Generated, Int[Array, "B G"], Traces]:
+    """What memories [B, G] are told of clips [B] in the states of nodes [B, S, L].
+
+    Returns:
+      What was written [B, G, K], the actions, and the memories after them.
+    """
+    lead = traces.count.shape
+    written = write(decider, params, rng_key, nodes, clip, visual, lead[1])
+    written = shard(jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), written))
+    action = action_of(decider, written.ids)
+    trace = trace_of(decider, written.ids, written.valid)
+    return written, action, remember(decider, traces, action, clip, trace)
 
 
 def write(

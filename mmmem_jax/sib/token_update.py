@@ -68,6 +68,17 @@ class Decisions(NamedTuple):
     valid: jax.Array  # [T / m, m, B, G, K] bool
 
 
+class Sampled(NamedTuple):
+    """What pi_old did, and what that was worth."""
+
+    traj: TokenTrajectory
+    decisions: Decisions
+    ref_log_prob: jax.Array  # [B, G, T] of the model without its adapter, nats
+    terms: rewards.RewardTerms  # [B, G, U] each
+    reward: jax.Array  # [B, G, U] eq. 10
+    adv: advantages.Advantages
+
+
 def in_pieces(tree, clips_at_once: int):
     """Leaves [B, G, T, ...] as [T / m, m, B, G, ...]."""
 
@@ -217,59 +228,86 @@ def make_update(
     """
 
     def update(state: TrainState, batch: TokenStream, base: nnx.State):
-        params = lora.join(state.params, base)
-        ref_params = lora.join(lora.without_lora(state.params), base)
-        visual = encode_frames(decider, nnx.merge(decider.graphdef, params), batch.patches)
-
-        def read_fn(traces):
-            log_probs = reader_fn(ref_params, traces, batch)
-            return rewards.task_reward(
-                log_probs, batch.answer[:, None], batch.asked[:, None], config.task
-            )
-
-        traj = rollout(
-            decider, params, step_key(state), batch, visual,
-            init_traces=init_traces, read_fn=read_fn, num_generations=config.num_generations,
-            credit=config.credit, shard=shard,
-        )  # fmt: skip
-        decisions = decisions_of(
-            batch, visual, traj.nodes, traj.ids, traj.token_valid, config.clips_at_once
-        )
-        ref_log_prob, _ = log_probs_of(decider, ref_params, decisions)
-        terms = rewards.terms(traj.task, traj.length, traj.log_prob, ref_log_prob, traj.valid)
-        reward = rewards.weigh(terms, config.beta1, config.beta2)
-        adv = advantages.advantages(
-            reward, credit=config.credit, discount=config.discount, std=config.std
-        )
-
-        def loss_fn(log_prob, entropy):
-            return _loss(log_prob, entropy, traj, ref_log_prob, adv, config)
-
-        def inner(carry, _):
-            adapter, opt_state = carry
-            found = log_probs_of(decider, lora.join(adapter, base), decisions)
-            weights, metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(*found)
-            grads = gradient(decider, adapter, base, decisions, *weights)
-            metrics["grad_norm"] = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, opt_state, adapter)
-            return (optax.apply_updates(adapter, updates), opt_state), metrics
-
-        (adapter, opt_state), inner_metrics = jax.lax.scan(
-            inner, (state.params, state.opt_state), length=config.inner_epochs
-        )
+        sampled = sample(decider, reader_fn, init_traces, config, state, batch, base, shard=shard)
+        (adapter, opt_state), learned = learn(decider, optimizer, config, state, sampled, base)
+        traj, _, _, terms, reward, adv = sampled
         metrics = rollout_metrics(traj, terms, reward, adv, config)
-        metrics |= {name: x[-1] for name, x in inner_metrics.items()}
-        metrics["ratio_first"] = jnp.maximum(
-            inner_metrics["ratio_max"][0], 1.0 / inner_metrics["ratio_min"][0]
-        )
+        metrics["tokens_dropped"] = traj.traces.dropped.mean()
+        metrics |= {name: x[-1] for name, x in learned.items()}
+        metrics["ratio_first"] = jnp.maximum(learned["ratio_max"][0], 1.0 / learned["ratio_min"][0])
         state = state.replace(params=adapter, opt_state=opt_state, step=state.step + 1)
         return state, metrics
 
     return update
 
 
-def _loss(log_prob, entropy, traj: TokenTrajectory, ref_log_prob, adv, config: TokenSibConfig):
+def sample(
+    decider: Decider,
+    reader_fn: ReaderFn,
+    init_traces: Traces,
+    config: TokenSibConfig,
+    state: TrainState,
+    batch: TokenStream,
+    base: nnx.State,
+    *,
+    shard: Callable,
+) -> Sampled:
+    """A rollout of a state's policy and its rewards; arguments are those of `make_update`."""
+    params = lora.join(state.params, base)
+    ref_params = lora.join(lora.without_lora(state.params), base)
+    visual = encode_frames(decider, nnx.merge(decider.graphdef, params), batch.patches)
+
+    def read_fn(traces):
+        log_probs = reader_fn(ref_params, traces, batch)
+        return rewards.task_reward(
+            log_probs, batch.answer[:, None], batch.asked[:, None], config.task
+        )
+
+    traj = rollout(
+        decider, params, step_key(state), batch, visual,
+        init_traces=init_traces, read_fn=read_fn, num_generations=config.num_generations,
+        credit=config.credit, shard=shard,
+    )  # fmt: skip
+    decisions = decisions_of(
+        batch, visual, traj.nodes, traj.ids, traj.token_valid, config.clips_at_once
+    )
+    ref_log_prob, _ = log_probs_of(decider, ref_params, decisions)
+    terms = rewards.terms(traj.task, traj.length, traj.log_prob, ref_log_prob, traj.valid)
+    reward = rewards.weigh(terms, config.beta1, config.beta2)
+    adv = advantages.advantages(
+        reward, credit=config.credit, discount=config.discount, std=config.std
+    )
+    return Sampled(traj, decisions, ref_log_prob, terms, reward, adv)
+
+
+def learn(
+    decider: Decider,
+    optimizer: optax.GradientTransformation,
+    config: TokenSibConfig,
+    state: TrainState,
+    sampled: Sampled,
+    base: nnx.State,
+) -> tuple[tuple[nnx.State, optax.OptState], dict[str, jax.Array]]:
+    """The inner steps of an update: adapter and optimizer state after them, metrics of each."""
+
+    def loss_fn(log_prob, entropy):
+        return _loss(log_prob, entropy, sampled, config)
+
+    def inner(carry, _):
+        adapter, opt_state = carry
+        found = log_probs_of(decider, lora.join(adapter, base), sampled.decisions)
+        weights, metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(*found)
+        grads = gradient(decider, adapter, base, sampled.decisions, *weights)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, opt_state, adapter)
+        return (optax.apply_updates(adapter, updates), opt_state), metrics
+
+    return jax.lax.scan(inner, (state.params, state.opt_state), length=config.inner_epochs)
+
+
+def _loss(log_prob, entropy, sampled: Sampled, config: TokenSibConfig):
     """The clipped surrogate of eq. 11 with an entropy bonus, and what is logged of it."""
+    traj, adv = sampled.traj, sampled.adv
     total, denominator, metrics = losses.sib_grpo_loss(
         log_prob,
         traj.log_prob,
@@ -282,7 +320,7 @@ def _loss(log_prob, entropy, traj: TokenTrajectory, ref_log_prob, adv, config: T
     )
     decided = traj.valid & jnp.ones_like(entropy, bool)
     mean_entropy = jnp.sum(jnp.where(decided, entropy, 0.0)) / jnp.maximum(decided.sum(), 1)
-    to_ref = jnp.where(traj.valid, ref_log_prob - log_prob, 0.0)
+    to_ref = jnp.where(traj.valid, sampled.ref_log_prob - log_prob, 0.0)
     count = jnp.maximum((traj.valid & jnp.ones_like(to_ref, bool)).sum(), 1)
     loss = total / denominator - config.entropy_bonus * mean_entropy
     return loss, metrics | {

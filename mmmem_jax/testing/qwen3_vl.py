@@ -1,5 +1,6 @@
 """A toy Qwen3-VL folder, laid out as the published ones: tokenizer, preprocessing and weights."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,6 +178,12 @@ def tiny_config() -> Qwen3VLConfig:
 
 
 TINY = tiny_config()
+# With fewer layers, for tests of what is done with a model rather than in it.
+SHALLOW = dataclasses.replace(
+    TINY,
+    text=dataclasses.replace(TINY.text, num_layers=2),
+    vision=dataclasses.replace(TINY.vision, depth=2, deepstack_layers=(0, 1)),
+)
 
 
 def random_params(config: Qwen3VLConfig, seed: int) -> nnx.State:

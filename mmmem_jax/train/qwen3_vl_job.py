@@ -162,6 +162,11 @@ def find_folder(config: ConfigDict, workdir: Path) -> Path:
             "config.checkpoint is empty; give the folder or the repo id of a Qwen3-VL, such as"
             " Qwen/Qwen3-VL-8B-Instruct"
         )
+    if not isinstance(workdir, Path):
+        raise UserError(
+            "config.model_size = tiny writes its model into --workdir, which must then be a folder"
+            " of this machine"
+        )
     folder = workdir / "checkpoint"
     if distributed.is_first() and not folder.exists():
         partial_folder = workdir / "checkpoint.partial"
@@ -390,12 +395,13 @@ def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) ->
     """
     check_config(config)
     checkpoints.check_workdir(workdir, config.to_dict())
-    if config.checkpoint or config.model_size != TINY:
+    if config.checkpoint or config.model_size != TINY or not isinstance(workdir, Path):
         find_folder(config, workdir)  # refuses before anything is written
     checkpoints.claim_workdir(workdir, config.to_dict())
     folder, mesh = find_folder(config, workdir), sharding.make_mesh(**config.mesh)
+    # The test streams too, so that a text too long for config.widths is found before training.
+    streams = {split: make_streams(config, split, folder) for split in SPLITS}["train"]
     setup = load_setup(config, mesh, folder)
-    streams = make_streams(config, "train", folder)
     adapter = distributed.to_host(train(config, workdir, setup, mesh, streams, on_update))
     if distributed.is_first():
         lora.save_adapter(

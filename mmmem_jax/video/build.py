@@ -37,9 +37,6 @@ from mmmem_jax.policies.types import Decision
 BATCH = 4  # clips looked at together: what a kill can cost
 AHEAD = 2 * BATCH  # clips decoded ahead of the networks
 JPEG_QUALITY = 85
-# Tokens that a model looks at. 64 frames of 16:9 and 256 lines are 32 x 112, the times before them
-# 32 x 8; with what to do and captions that is under 5,000, and up to a third more is padding.
-CONTEXT = 8192
 STAGES = ("decode", "segment", "perceive", "remember")
 
 _T = TypeVar("_T")
@@ -54,7 +51,7 @@ class Settings(NamedTuple):
     checkpoint: str = ""  # of backbone qwen3_vl: a folder or repo id, as are the next two folders
     adapter: str = ""  # "": none
     text_encoder: str = ""  # "": all-MiniLM-L6-v2
-    context: int | None = None  # tokens; None: CONTEXT, or what the model knows positions for
+    context: int | None = None  # tokens; None: `conversation.default_context`
 
     def memory_config(self) -> MemoryConfig:
         """Text is kept verbatim, so tokens are bounded by slots and by `max_node_tokens`."""
@@ -137,7 +134,7 @@ def _make_qwen3_vl_builder(settings: Settings) -> Builder:
     rule = None if settings.policy == manager.NAME else shipped.load_policy(settings.policy)
     folders = qwen3_vl.locate(settings.checkpoint, settings.adapter, settings.text_encoder)
     speaker = conversation.load_speaker(folders.checkpoint, adapter=folders.adapter)
-    context = settings.context or min(CONTEXT, speaker.config.text.max_positions)
+    context = settings.context or conversation.default_context(speaker.config)
     embedder = qwen3_vl.load_embedder(speaker, folders.text_encoder)
     config = dataclasses.replace(settings.memory_config(), dim=embedder.dim)
     header = {

@@ -28,7 +28,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.memory import MemoryState
 from mmmem_jax.models import cross_encoder
 from mmmem_jax.models.qwen3_vl import params
-from mmmem_jax.models.qwen3_vl.conversation import load_speaker
+from mmmem_jax.models.qwen3_vl.conversation import default_context, load_speaker
 from mmmem_jax.perception import qwen3_vl as perception
 from mmmem_jax.retrieval import evidence as ev
 from mmmem_jax.retrieval import qwen3_vl as reading
@@ -83,16 +83,14 @@ def load_thinker(
       adapter: a PEFT adapter onto it; None: none.
       text_encoder: the sentence encoder that the memory was made with; None: all-MiniLM-L6-v2.
       reranker: an XLM-RoBERTa cross-encoder; None: none ranks.
-      context: tokens that a prompt may have; None: `reading.CONTEXT`, or as many as the model
-        knows positions for.
+      context: tokens that a prompt may have; None: `conversation.default_context`.
 
     Raises:
       UserError: if a file is missing, broken, or of another model.
     """
     folders = perception.locate(checkpoint, adapter or "", text_encoder or "")
     speaker = load_speaker(folders.checkpoint, adapter=folders.adapter)
-    if context is None:
-        context = min(reading.CONTEXT, speaker.config.text.max_positions)
+    context = context or default_context(speaker.config)
     embedder = perception.load_embedder(speaker, folders.text_encoder)
     space = Space(partial(perception.embed_query, embedder), perception.background(embedder))
     rerank = None
@@ -143,7 +141,7 @@ def ask(
     Raises:
       UserError: as `load_fn`, `load` and `answer` do.
     """
-    asking.check(question, options)
+    _check(question, options)
     thinker = load_fn()
     with load(memory_dir, thinker, at=at, videos=videos) as loaded:
         answered = answer(loaded, thinker, question, options, config=config)
@@ -175,7 +173,7 @@ def answer(
     Raises:
       UserError: as ask.check and reading.drill_down do.
     """
-    asking.check(question, options)
+    _check(question, options)
     seconds, started = {}, time.perf_counter()
 
     def lap(name):
@@ -191,6 +189,12 @@ def answer(
     answered = answer_fn(loaded, thinker.reader, question, tuple(options), wanted[0], plan, config)
     lap("read")
     return answered._replace(seconds=seconds)
+
+
+def _check(question: str, options: Sequence[str]) -> None:
+    """Raises UserError as ask.check does, and for more options than letters."""
+    asking.check(question, options)
+    reading.check_count(len(options))
 
 
 def _choose(loaded, reader, question, options, wanted, plan: Plan, config: AnswerConfig) -> Answer:
@@ -424,11 +428,7 @@ def _frames(video: store.VideoStore, record: store.ClipRecord):
         with Image.open(io.BytesIO(store.read_frame(video, path))) as image:
             images.append(np.asarray(image.convert("RGB")))
         seconds.append(time_)
-    if not images:
-        return None, ()
-    if len(images) == 1:  # the vision tower looks at pairs of frames
-        images, seconds = images * 2, seconds * 2
-    return np.stack(images), tuple(seconds)
+    return (np.stack(images) if images else None), tuple(seconds)
 
 
 def _searched(

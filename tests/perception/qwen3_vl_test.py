@@ -16,11 +16,11 @@ from mmmem_jax.perception import qwen3_vl
 from mmmem_jax.perception.decode import Frame
 from mmmem_jax.perception.segment import Clip
 from mmmem_jax.perception.subtitles import Cue
-from mmmem_jax.testing.qwen3_vl import write_checkpoint
+from mmmem_jax.testing.qwen3_vl import SHALLOW, write_checkpoint
 from mmmem_jax.testing.videos import scene_image
 
 TINY_BERT = Path(__file__).parents[1] / "models/tiny_bert"
-CONTEXT = 3072
+CONTEXT = 1536
 ENTITIES = json.dumps(
     {
         "entities": [{"name": "cat", "gloss": "grey"}, {"name": "sofa", "gloss": ""}],
@@ -31,7 +31,7 @@ ENTITIES = json.dumps(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("model"))
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), SHALLOW)
     return qwen3_vl.locate(folder, "", TINY_BERT)
 
 
@@ -121,8 +121,8 @@ class TestSpace:
 
 class TestFingerprint:
     def test_tells_models_apart(self, folders, tmp_path):
-        other = write_checkpoint(tmp_path / "other", seed=1)
-        same = write_checkpoint(tmp_path / "same", seed=0)
+        other = write_checkpoint(tmp_path / "other", SHALLOW, seed=1)
+        same = write_checkpoint(tmp_path / "same", SHALLOW, seed=0)
         found = qwen3_vl.fingerprints(folders)
         assert found["adapter"] == ""
         assert qwen3_vl.fingerprint(same) == found["checkpoint"]
@@ -250,6 +250,14 @@ class TestPerceive:
         perceive = qwen3_vl.make_perceive_fn(speaker, embedder, room)
         with pytest.raises(UserError, match=f"more than the context of {room}"):
             perceive([_clip()], None)
+
+    def test_after_a_clip_that_does_not_fit_others_do(self, speaker, embedder, script):
+        script[0].extend(["A cat.", ENTITIES])
+        perceive = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)
+        with pytest.raises(UserError, match=f"more than the context of {CONTEXT}"):
+            perceive([_clip(cues=[Cue(0.0, 1.0, "x" * CONTEXT)])], None)
+        (cat,) = perceive([_clip()], None)
+        assert cat.caption == "A cat."
 
 
 def _count(speaker, text):

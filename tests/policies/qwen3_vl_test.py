@@ -15,15 +15,15 @@ from mmmem_jax.perception.decode import Frame
 from mmmem_jax.perception.qwen3_vl import in_view, look
 from mmmem_jax.perception.types import Percept, Work
 from mmmem_jax.policies import qwen3_vl as manager
-from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
+from mmmem_jax.testing.qwen3_vl import SHALLOW, write_checkpoint
 from mmmem_jax.testing.videos import scene_image
 
-CONTEXT = 3072
+CONTEXT = 1536
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
+    return write_checkpoint(tmp_path_factory.mktemp("model"), SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,13 @@ def test_decisions_are_those_of_prompts_read_anew(speaker, percepts, script):
     texts = ["add: a", "merge: b", "discard", "merge: c", "add: d", "merge: e"]
     decisions, _ = _run(speaker, percepts, answers, texts)
     in_view_of = [(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 4), (4, 5)]
+    read = {}
     for clips, asked, decision in zip(in_view_of, heard, decisions, strict=True):
         log_probs, tokens = _anew(speaker, [percepts[i] for i in clips], asked.offered)
+        read[clips] = tokens
         np.testing.assert_allclose(asked.log_probs, log_probs, atol=1e-4)
         assert asked.in_view == tokens == decision.work.tokens_anew
         assert decision.work.frames_anew == 4 * len(clips)
-    read = {clips: _anew(speaker, [percepts[i] for i in clips], (0,))[1] for clips in in_view_of}
     clip_tokens = read[0, 1] - read[(0,)]
     question = len(speaker.chat.tokenizer.encode(manager.QUESTION).ids)
     assert decisions[0].work.tokens == read[(0,)]
@@ -173,7 +174,7 @@ def test_a_trace_is_what_follows_the_word(text, trace):
 
 
 def test_words_that_begin_alike_are_refused(folder):
-    chat = load_chat(folder, TINY)
+    chat = load_chat(folder, SHALLOW)
     assert len(set(manager.action_ids(chat))) == 3
     with pytest.raises(UserError, match="'merge' and 'mend' begin with the same token"):
         manager.action_ids(chat, ("add", "merge", "mend"))

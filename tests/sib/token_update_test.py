@@ -24,7 +24,7 @@ from mmmem_jax.sib.token_update import (
 )
 from mmmem_jax.train.state import init_state
 from tests.sib.token_rollout_test import rolled_out
-from tests.sib.token_toys import G, L, T, make_batch, make_setup
+from tests.sib.token_toys import G, T, make_batch, make_setup
 
 SIB = TokenSibConfig(num_generations=G, clips_at_once=2, inner_epochs=2, entropy_bonus=0.01)
 
@@ -39,7 +39,8 @@ def updated(credit="state", max_new_tokens=1, **changes):
     decider, adapter, base = make_setup(max_new_tokens)
     optimizer = make_optimizer(1e-3)
     config = dataclasses.replace(SIB, credit=credit, **changes)
-    update = make_update(decider, reader_fn, traces.init(3, L), optimizer, config)
+    tight = traces.init(3, 2)  # where captions of three tokens do not fit
+    update = make_update(decider, reader_fn, tight, optimizer, config)
     state = init_state(adapter, optimizer, jax.random.key(0))
     after, metrics = jax.jit(update)(state, make_batch(), base)
     return state, after, jax.device_get(metrics)
@@ -112,6 +113,7 @@ def test_an_update_starts_at_ratio_one_and_changes_the_adapter_alone(credit, max
         pytest.approx(1.0)
     )
     assert metrics["kl_ref_k3"] > 0
+    assert metrics["tokens_dropped"] > 0
     assert metrics["reward"] == pytest.approx(
         metrics["reward_task"]
         + metrics["reward_length_weighted"]

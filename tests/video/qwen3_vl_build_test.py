@@ -1,6 +1,9 @@
 """The paper's model builds a memory from video, end to end, on a tiny random checkpoint."""
 
 import itertools
+import json
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,9 +13,10 @@ from mmmem_jax import cli, memory, store
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE
 from mmmem_jax.models.qwen3_vl import conversation
+from mmmem_jax.models.qwen3_vl.chat import IMAGE, VIDEO
 from mmmem_jax.perception import qwen3_vl, types
 from mmmem_jax.policies import qwen3_vl as manager
-from mmmem_jax.testing.qwen3_vl import write_checkpoint
+from mmmem_jax.testing.qwen3_vl import SHALLOW, write_checkpoint
 from mmmem_jax.testing.videos import write_video
 from mmmem_jax.video import build, watch
 
@@ -31,9 +35,9 @@ def brief():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("model"))
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), SHALLOW)
     return build.Settings(
-        "qwen3_vl", 64, "qwen3_vl", checkpoint=str(folder), text_encoder=TINY_BERT, context=2048
+        "qwen3_vl", 64, "qwen3_vl", checkpoint=str(folder), text_encoder=TINY_BERT, context=1536
     )
 
 
@@ -168,6 +172,26 @@ def test_a_stream_is_watched(builder, video, tmp_path, monkeypatch):
     assert _read(tmp_path)[1].finished
 
 
+def _truncated(folder):
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def _of_another_architecture(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "qwen2_5_vl"}))
+
+
+def _of_other_ids(folder):
+    path = folder / "tokenizer.json"
+    text = path.read_text().replace(IMAGE, "PAD").replace(VIDEO, IMAGE)
+    path.write_text(text.replace("PAD", VIDEO))
+
+
+def _without(name):
+    return lambda folder: (folder / name).unlink()
+
+
 class TestCommandLine:
     """Mistakes are one line."""
 
@@ -193,9 +217,46 @@ class TestCommandLine:
         assert cli.main([*arguments, "--checkpoint", str(tmp_path / "none")]) == 2
         assert "neither a folder nor" in capsys.readouterr().err
 
-    def test_no_room_on_the_device(self, video, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("harm", "said"),
+        [
+            (_truncated, "model-00002-of-00003.safetensors is not a whole safetensors file"),
+            (_of_another_architecture, "config.json"),
+            (_of_other_ids, "take both from the same folder"),
+            (_without("tokenizer.json"), "has no tokenizer.json"),
+            (_without("video_preprocessor_config.json"), "video_preprocessor_config.json"),
+            (_without("model-00001-of-00003.safetensors"), "00001-of-00003.safetensors is missing"),
+        ],
+    )
+    def test_a_broken_checkpoint(self, settings, video, tmp_path, capsys, harm, said):
+        folder, memory_dir = tmp_path / "model", tmp_path / "memory"
+        shutil.copytree(settings.checkpoint, folder)
+        harm(folder)
+        arguments = ["build", str(video), "--memory", str(memory_dir), "--backbone=qwen3_vl"]
+        assert cli.main([*arguments, "--checkpoint", str(folder), "--text-encoder", TINY_BERT]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert said in err
+        assert str(folder) in err
+        assert not memory_dir.exists()
+
+    @pytest.mark.parametrize(
+        ("context", "said"),
+        [("64", r"\d+ more than the context of 64;"), ("5000", "takes 1 to 4096")],
+    )
+    def test_a_context_that_cannot_be(self, settings, video, tmp_path, capsys, context, said):
+        arguments = ["build", str(video), "--memory", str(tmp_path / "m"), "--backbone=qwen3_vl",
+                     "--checkpoint", settings.checkpoint, "--text-encoder", TINY_BERT]  # fmt: skip
+        assert cli.main([*arguments, "--context", context]) == 2
+        assert re.fullmatch(rf"mmmem: [^\n]*{said}[^\n]*\n", capsys.readouterr().err)
+        assert not (tmp_path / "m").exists()
+
+    @pytest.mark.parametrize(
+        "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()]
+    )
+    def test_no_room(self, video, tmp_path, monkeypatch, capsys, error):
         def full(settings):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            raise error
 
         monkeypatch.setattr(build, "make_builder", full)
         arguments = ["build", str(video), "--memory", str(tmp_path), "--backbone=qwen3_vl"]

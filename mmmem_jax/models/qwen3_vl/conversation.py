@@ -34,6 +34,10 @@ from mmmem_jax.models.qwen3_vl.videos import VideoConfig, read_video_config, vid
 from mmmem_jax.models.qwen3_vl.vision import VisualTokens, visual_inputs
 from mmmem_jax.train.sharding import make_mesh
 
+# Tokens. 64 frames of 16:9 and 256 lines are 32 x 112, the times before them 32 x 8; with what to
+# do and captions that is under 5,000, and up to a third more is padding.
+CONTEXT = 8192
+
 
 class Speaker(NamedTuple):
     """A model and what turns words and frames into its inputs."""
@@ -86,6 +90,11 @@ def default_mesh(config: Qwen3VLConfig) -> Mesh | None:
     return make_mesh(1, 1, size, devices=devices)
 
 
+def default_context(config: Qwen3VLConfig) -> int:
+    """Tokens of a conversation where nobody says how many: CONTEXT, or all that the model knows."""
+    return min(CONTEXT, config.text.max_positions)
+
+
 def load_speaker(
     name_or_path: str | Path,
     *,
@@ -107,19 +116,18 @@ def load_speaker(
     """
     folder = params.resolve(name_or_path)
     dtype = dtype or default_dtype()
+    config = read_config(folder)
+    chat, video = load_chat(folder, config), read_video_config(folder)  # the weights take longer
     model = params.load_model(
         folder,
         dtype=dtype,
-        mesh=mesh or default_mesh(read_config(folder)),
+        mesh=mesh or default_mesh(config),
         attention=best_implementation(jax.default_backend()),
     )
     if adapter is not None:
         model = lora.with_adapter(model, adapter)
     graphdef, state = nnx.split(model)
-    config = model.config
-    return Speaker(
-        graphdef, state, config, load_chat(folder, config), read_video_config(folder), dtype
-    )
+    return Speaker(graphdef, state, config, chat, video, dtype)
 
 
 def see(speaker: Speaker, frames: UInt8[np.ndarray, "T H W 3"], seconds) -> Seen:
@@ -222,7 +230,8 @@ def say(
         max_new_tokens=max_new_tokens,
         stop_ids=speaker.chat.stop_ids,
         temperature=jnp.float32(temperature),
-        first_ids=first_ids,
+        # Some twice, which changes nothing: of few lengths, so few programs.
+        first_ids=first_ids + first_ids[-1:] * (-len(first_ids) % 4),
     )
     out, length, position = jax.device_get((out, cache.length, cache.next_position))
     count = int(out.valid[0].sum())

@@ -114,7 +114,7 @@ def _draw(rng_key, step, logits, temperature):
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "max_new_tokens", "stop_ids", "first_ids"),
+    static_argnames=("graphdef", "max_new_tokens", "stop_ids"),
     donate_argnames="cache",
 )
 def decode(

@@ -174,7 +174,7 @@ def check_context(length: int, max_length: int, *, new_tokens: int = 0) -> None:
         following = f" and {new_tokens} new ones" if new_tokens else ""
         raise UserError(
             f"the prompt's {length} tokens{following} are {over} more than the context of"
-            f" {max_length}; give fewer or smaller frames, or less text"
+            f" {max_length}; give a larger context, fewer or smaller frames, or less text"
         )
 
 

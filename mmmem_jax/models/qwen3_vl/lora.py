@@ -10,7 +10,7 @@ what is sampled and what is scored have to agree.
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from mmmem_jax.models.qwen3_vl.rules import RULES
 from mmmem_jax.train.sharding import by_rules
 
 TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
+CONFIG_KEYS = ("peft_type", "r", "lora_alpha", "target_modules")  # of PEFT, as are OTHER_LORAS
 OTHER_LORAS = ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora")  # switches of PEFT
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -118,19 +119,20 @@ def save_adapter(
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them.
 
     Args:
-      folder: made where it is missing.
+      folder: made where it is missing; here, or an `epath.Path` in a bucket.
       lora: from `split_lora`, on devices of this host.
       rank: of `add_lora`.
       alpha: of `add_lora`.
       base: folder or owner/name of the model that it is for.
     """
-    folder = Path(folder)
+    folder = Path(folder) if isinstance(folder, str) else folder
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, x in jax.tree.leaves_with_path(lora):
         for name, matrix in zip(_names(path, len(x)), np.asarray(x), strict=True):
             tensors[name] = np.ascontiguousarray(matrix.T)
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).write_bytes(content)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -187,12 +189,42 @@ def load_adapter(folder: str | Path, lora: nnx.State, *, rank: int, alpha: float
     return filled
 
 
+def with_adapter(model: Qwen3VL, folder: str | Path) -> Qwen3VL:
+    """A model with the adapter of a folder, of the rank and alpha that the folder says.
+
+    Args:
+      model: is left as it is; the new model shares its arrays.
+      folder: as `save_adapter` or PEFT writes them.
+
+    Raises:
+      UserError: as `load_adapter` does.
+    """
+    path = Path(folder) / CONFIG_FILE
+    found = _read_config(path)
+    rank, alpha = found["r"], found["lora_alpha"]
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0 < alpha):
+        raise UserError(f"{path} has r {rank!r} and lora_alpha {alpha!r}; both must be over 0")
+    adapted = add_lora(model, rank=rank, alpha=alpha, rngs=nnx.Rngs(0))
+    graphdef, lora, base = nnx.split(adapted, nnx.LoRAParam, ...)
+    return nnx.merge(graphdef, load_adapter(folder, lora, rank=rank, alpha=alpha), base)
+
+
 def _check_config(path: Path, rank: int, alpha: float) -> None:
     """Raises UserError unless an adapter_config.json is that of the adapter asked for."""
     wanted = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": [*TARGETS]}
+    found = _read_config(path)
+    if isinstance(found["target_modules"], list):  # in any order
+        found["target_modules"].sort(key=str)
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(f"{path} has {name} {found[name]!r}, and this model's is {value!r}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What an adapter_config.json says of a LoRA; UserError if it is none, or no plain one."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: config[name] for name in wanted}
+        found = {name: config[name] for name in CONFIG_KEYS}
         other = [name for name in OTHER_LORAS if config.get(name)]
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; name the folder of an adapter") from error
@@ -200,11 +232,7 @@ def _check_config(path: Path, rank: int, alpha: float) -> None:
         raise UserError(f"{path} is no config of an adapter ({error!r})") from error
     if other:
         raise UserError(f"{path} has {other[0]}; only plain LoRA is read")
-    if isinstance(found["target_modules"], list):  # in any order
-        found["target_modules"].sort(key=str)
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise UserError(f"{path} has {name} {found[name]!r}, and this model's is {value!r}")
+    return found
 
 
 def _is_a(path) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mmmem_jax.errors import UserError
-from mmmem_jax.models.qwen3_vl import conversation
+from mmmem_jax.models.qwen3_vl import conversation, lora, params
 from mmmem_jax.models.qwen3_vl.conversation import (
     begin,
     choose,
@@ -55,6 +55,18 @@ def test_what_was_read_before_counts(speaker, seen):
     found = choose(speaker, tell(speaker, show(speaker, talk, seen), ASKED), ids)
     assert np.exp(found).sum() == pytest.approx(1.0, abs=1e-5)
     assert np.abs(found - blind).max() > 1e-3
+
+
+def test_an_adapter_changes_what_is_chosen(speaker, folder, tmp_path):
+    model = params.load_model(folder, dtype=jnp.float32)
+    split = lora.split_lora(lora.add_lora(model, rank=2, alpha=4.0, rngs=nnx.Rngs(0)))
+    trained = jax.tree.map(lambda x: x + 0.1, split.lora)
+    lora.save_adapter(tmp_path, trained, rank=2, alpha=4.0, base=str(folder))
+    adapted = load_speaker(folder, adapter=tmp_path)
+    plain, found = (
+        choose(s, tell(s, begin(s, SLOTS), ASKED), words(s)) for s in (speaker, adapted)
+    )
+    assert np.abs(found - plain).max() > 1e-3
 
 
 def test_rewound_it_answers_as_if_it_had_not_heard(speaker, seen):

@@ -21,6 +21,7 @@ from mmmem_jax.models.qwen3_vl.lora import (
     load_adapter,
     save_adapter,
     split_lora,
+    with_adapter,
     without_lora,
 )
 from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL, Tokens
@@ -184,6 +185,18 @@ class TestFolders:
 
     def test_an_adapter_comes_back(self, folder, split):
         jax.tree.map(np.testing.assert_array_equal, self.load(folder, split), trained(split.lora))
+
+    def test_a_model_takes_it_at_the_rank_it_has(self, folder, model, split, tokens):
+        adapted = with_adapter(model, folder)
+        wanted = logits_of(split.graphdef, join(trained(split.lora), split.base), tokens)
+        np.testing.assert_allclose(logits_of(*nnx.split(adapted), tokens), wanted, atol=1e-5)
+        assert largest(jax.tree.map(jnp.subtract, nnx.state(model), split.base)) == 0
+
+    @pytest.mark.parametrize("change", [{"r": 0}, {"r": "4"}, {"lora_alpha": None}])
+    def test_a_rank_that_cannot_be_is_refused(self, folder, model, change):
+        self.change_config(folder, **change)
+        with pytest.raises(UserError, match=r"has r .* and lora_alpha .*; both must be over 0"):
+            with_adapter(model, folder)
 
     def test_tensors_lie_as_peft_has_them(self, folder, split):
         tensors = safetensors.numpy.load_file(folder / lora_lib.WEIGHTS_FILE)
