@@ -62,10 +62,11 @@ cd -- "$stage/elsewhere"
 export MMMEM_TEST_INSTALLED=$stage/source/mmmem_jax
 # What the tests of a file share is made once. Most programs run a few times, at toy size: to optimise
 # them would take longer than it saves.
-JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$python" -m pytest --numprocesses 2 --dist loadfile \
+  --no-loadscope-reorder "$@"
 if ((!$#)); then
   echo 'Compiling ahead of time for TPUs'
-  "$python" -m pytest -m aot
+  "$python" -m pytest --numprocesses 2 --dist loadfile -m aot
   if [[ $extras == *parity ]]; then
     echo 'Comparing with PyTorch'
     "$python" -m pytest --numprocesses 2 -m parity

@@ -116,6 +116,7 @@ def write_memory(folder: Path, num_clips: int) -> None:
                 row = traces.Row(
                     clip=i, start=CLIP_SECONDS * i, stop=CLIP_SECONDS * (i + 1),
                     action=int(actions[i]), strength=float(strengths[i]), node=int(nodes[i]),
+                        log_prob=0.0, trace="", failed="[]",
                     caption=f"Four things, moving slowly, in clip {i}." if held[i] else "",
                     subtitles="", labels="[]", frames="[]",
                     item=arrays.item_to_bytes(item) if held[i] else None,

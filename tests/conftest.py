@@ -30,6 +30,24 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)  # this process alone, for the mesh tests
 
 
+# Files of few and long tests: begun first, no worker is left alone with one of them at the end.
+LONG = (
+    "train/two_process_test.py",
+    "main_test.py",
+    "notebooks/notebooks_test.py",
+    "train/world_job_test.py",
+    "benchmarks/scripts_test.py",
+    "train/qwen3_vl_job_test.py",
+    "train/lite_job_test.py",
+    "remote_test.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves LONG to the front; xdist keeps the order with --no-loadscope-reorder."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000  # Linux gives a process 65,530; past them XLA crashes
 
