@@ -7,17 +7,14 @@ after what to do. The decision is the first token of the answer, among those of 
 follows it, a sentence about the episode, is the trace.
 """
 
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
-
-import numpy as np
-from PIL import Image
 
 from mmmem_jax import prompts, store
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, MemoryState
 from mmmem_jax.models.qwen3_vl import conversation, inputs
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import TURN_END, TURN_START, Chat
 from mmmem_jax.models.qwen3_vl.conversation import Seen, Speaker, Talk
 from mmmem_jax.perception.decode import Frame
@@ -176,7 +173,7 @@ def _fits(speaker: Speaker, place: Talk, seen: Seen, caption: str) -> bool:
         inputs.encode_text(chat, _note(caption)),
         inputs.encode_text(chat, QUESTION),
     )
-    needed = sum(inputs.bucket_length(len(piece.ids)) for piece in pieces) + DECISION_TOKENS
+    needed = sum(bucket_length(len(piece.ids)) for piece in pieces) + DECISION_TOKENS
     return place.length + needed <= place.cache.valid.shape[1]
 
 
@@ -209,7 +206,7 @@ def _restored(
     node_id = int(state.episodic.node_id[latest])
     clips = store.read_clips(video, store.node_clips(video, [node_id])[node_id])
     for record in clips:
-        frames = list(_key_frames(video, record))
+        frames = [Frame(time, store.read_image(video, path)) for time, path in record.frames]
         seen = look(speaker, frames)
         shown = episode.frames + frames_in(speaker, seen)
         if shown > MAX_EPISODE_FRAMES or not _fits(speaker, episode.talk, seen, record.caption):
@@ -225,9 +222,3 @@ def _closed(episode: Episode) -> Episode:
     """A closed episode: the next clip is looked at alone."""
     talk = conversation.rewind(episode.talk, episode.start)
     return episode._replace(talk=talk, end=episode.start, frames=0)
-
-
-def _key_frames(video: store.VideoStore, record: store.ClipRecord) -> Iterable[Frame]:
-    for time, path in record.frames:
-        with Image.open(io.BytesIO(store.read_frame(video, path))) as image:
-            yield Frame(time, np.asarray(image.convert("RGB")))

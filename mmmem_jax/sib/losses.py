@@ -63,6 +63,20 @@ def sib_grpo_loss(
     return -jnp.sum(gain * weight), denominator, metrics
 
 
+def reference_divergence(
+    log_prob: Float[Array, "B G T"],
+    ref_log_prob: Float[Array, "B G T"],
+    valid: Bool[Array, "B 1 T"],
+) -> dict[str, jax.Array]:
+    """Two estimates of KL(pi_theta || pi_ref), nats a valid decision: k1 and k3 of its samples."""
+    to_ref = jnp.where(valid, ref_log_prob - log_prob, 0.0)
+    count = jnp.maximum((valid & jnp.ones_like(to_ref, bool)).sum(), 1)
+    return {
+        "kl_ref_k1": -to_ref.sum() / count,
+        "kl_ref_k3": jnp.where(valid, jnp.expm1(to_ref) - to_ref, 0.0).sum() / count,
+    }
+
+
 def policy_entropy(logits: Float[Array, "B G T 3"], valid: Bool[Array, "B 1 T"]):
     """Mean entropy of the action distribution over valid decisions, nats."""
     log_probs = jax.nn.log_softmax(logits)

@@ -320,12 +320,6 @@ def _loss(log_prob, entropy, sampled: Sampled, config: TokenSibConfig):
     )
     decided = traj.valid & jnp.ones_like(entropy, bool)
     mean_entropy = jnp.sum(jnp.where(decided, entropy, 0.0)) / jnp.maximum(decided.sum(), 1)
-    to_ref = jnp.where(traj.valid, sampled.ref_log_prob - log_prob, 0.0)
-    count = jnp.maximum((traj.valid & jnp.ones_like(to_ref, bool)).sum(), 1)
     loss = total / denominator - config.entropy_bonus * mean_entropy
-    return loss, metrics | {
-        "loss": loss,
-        "policy_entropy": mean_entropy,
-        "kl_ref_k1": -to_ref.sum() / count,
-        "kl_ref_k3": jnp.where(traj.valid, jnp.expm1(to_ref) - to_ref, 0.0).sum() / count,
-    }
+    metrics |= losses.reference_divergence(log_prob, sampled.ref_log_prob, traj.valid)
+    return loss, metrics | {"loss": loss, "policy_entropy": mean_entropy}

@@ -224,13 +224,8 @@ def make_update(
                 clip_high=config.clip_high,
             )
             entropy = losses.policy_entropy(logits, traj.valid)
-            to_ref = jnp.where(traj.valid, ref_log_prob - log_prob, 0.0)
-            count = jnp.maximum((traj.valid & jnp.ones_like(to_ref, bool)).sum(), 1)
-            metrics |= {
-                "policy_entropy": entropy,
-                "kl_ref_k1": -to_ref.sum() / count,
-                "kl_ref_k3": jnp.where(traj.valid, jnp.expm1(to_ref) - to_ref, 0.0).sum() / count,
-            }
+            metrics |= losses.reference_divergence(log_prob, ref_log_prob, traj.valid)
+            metrics["policy_entropy"] = entropy
             loss = total / denominator - config.entropy_bonus * entropy
             return loss, metrics | {"loss": loss}
 

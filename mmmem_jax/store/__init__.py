@@ -23,6 +23,7 @@ from mmmem_jax.store.reading import (
     progress,
     read_clips,
     read_frame,
+    read_image,
     state_at,
 )
 from mmmem_jax.store.replay import advance, node_of
@@ -54,6 +55,7 @@ __all__ = (
     "prune",
     "read_clips",
     "read_frame",
+    "read_image",
     "read_questions",
     "remove",
     "rounded",

@@ -1,5 +1,6 @@
 """What a video holds: its clips, its entities, and the memory as it was at any time."""
 
+import io
 import json
 import math
 import sqlite3
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from mmmem_jax import memory
 from mmmem_jax.errors import UserError
@@ -166,6 +169,16 @@ def read_frame(store: VideoStore, path: Path) -> bytes:
     if zlib.crc32(data) != known.get(path.name):
         raise UserError(f"the key frame {path} is damaged; delete {store.folder} and build again")
     return data
+
+
+def read_image(store: VideoStore, path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """`read_frame`, decoded to red, green, blue.
+
+    Raises:
+      UserError: as `read_frame` does.
+    """
+    with Image.open(io.BytesIO(read_frame(store, path))) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def node_clips(store: VideoStore, node_ids: Iterable[int]) -> dict[int, tuple[int, ...]]:

@@ -9,7 +9,6 @@ model's yes. What is left is read in the order of `retrieval.top_down`.
 """
 
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from PIL import Image
 
 from mmmem_jax import prompts, store
 from mmmem_jax.errors import UserError
@@ -423,12 +421,8 @@ def _line(record: store.ClipRecord) -> str:
 
 def _frames(video: store.VideoStore, record: store.ClipRecord):
     """The key frames of a clip, uint8 [T, H, W, 3] or None, and their times (s)."""
-    images, seconds = [], []
-    for time_, path in record.frames:
-        with Image.open(io.BytesIO(store.read_frame(video, path))) as image:
-            images.append(np.asarray(image.convert("RGB")))
-        seconds.append(time_)
-    return (np.stack(images) if images else None), tuple(seconds)
+    images = [store.read_image(video, path) for _, path in record.frames]
+    return (np.stack(images) if images else None), tuple(when for when, _ in record.frames)
 
 
 def _searched(

@@ -10,6 +10,7 @@ import pytest
 from mmmem_jax import prompts
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import conversation, inputs
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.conversation import Said, load_speaker
 from mmmem_jax.models.text_encoder import BGE_QUERY_PREFIX
 from mmmem_jax.perception import qwen3_vl
@@ -246,7 +247,7 @@ class TestPerceive:
         np.testing.assert_array_equal(after.item.text, alone.item.text)
 
     def test_a_clip_that_does_not_fit_is_said(self, speaker, embedder):
-        room = inputs.bucket_length(_count(speaker, qwen3_vl._opening())) + 8
+        room = bucket_length(_count(speaker, qwen3_vl._opening())) + 8
         perceive = qwen3_vl.make_perceive_fn(speaker, embedder, room)
         with pytest.raises(UserError, match=f"more than the context of {room}"):
             perceive([_clip()], None)

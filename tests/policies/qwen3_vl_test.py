@@ -8,9 +8,9 @@ import pytest
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE
 from mmmem_jax.models.qwen3_vl import conversation
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import load_chat
 from mmmem_jax.models.qwen3_vl.conversation import Said, load_speaker
-from mmmem_jax.models.qwen3_vl.inputs import bucket_length
 from mmmem_jax.perception.decode import Frame
 from mmmem_jax.perception.qwen3_vl import in_view, look
 from mmmem_jax.perception.types import Percept, Work

@@ -25,6 +25,7 @@ from jaxtyping import Float, UInt8
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import generate, inputs, lora, params
 from mmmem_jax.models.qwen3_vl.attention import best_implementation
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import Chat, load_chat
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, read_config
 from mmmem_jax.models.qwen3_vl.images import Visual
@@ -254,7 +255,7 @@ def _read(
     """Reads a piece, padded to one of few lengths."""
     count, slots = len(piece.ids), talk.cache.valid.shape[1]
     inputs.check_context(talk.length + count, slots)
-    padded = min(inputs.bucket_length(count), slots - talk.length)
+    padded = min(bucket_length(count), slots - talk.length)
     tokens = inputs.batch(
         [piece], pad_to=padded, pad_id=speaker.chat.text_end_id, frame_tokens=frame_tokens
     )

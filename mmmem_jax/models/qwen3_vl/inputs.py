@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import (
     IMAGE,
     VIDEO,
@@ -29,8 +30,6 @@ from mmmem_jax.models.qwen3_vl.chat import (
 from mmmem_jax.models.qwen3_vl.images import PixelConfig, Visual, image_visual
 from mmmem_jax.models.qwen3_vl.modeling import Tokens
 from mmmem_jax.models.qwen3_vl.videos import VideoConfig, sampled_video_visual
-
-_SHORTEST = 16  # tokens of the smallest padded length
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, (IMAGE, VIDEO))))
 
@@ -151,14 +150,6 @@ def append(prompt: Prompt, piece: Prompt) -> Prompt:
         )
     joined = (np.concatenate(pair) for pair in zip(prompt[:3], piece[:3], strict=True))
     return Prompt(*joined, piece.next_position)
-
-
-def bucket_length(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: lengths to compile programs for."""
-    size = _SHORTEST
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def check_context(length: int, max_length: int, *, new_tokens: int = 0) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mmmem_jax.models.qwen3_vl.attention import attend
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.config import VisionConfig
 
 LAYER_NORM_EPS = 1e-6
@@ -82,10 +83,7 @@ def grid_positions(
 
 def patch_bucket(longest: int, config: VisionConfig) -> int:
     """P for frames of at most `longest` patches: few sizes, so that few programs are compiled."""
-    unit, size = config.merge_unit, 16
-    while size * unit < longest:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3  # 16 24 32 48 64 96 ...
-    return size * unit
+    return bucket_length(-(-longest // config.merge_unit)) * config.merge_unit
 
 
 def visual_inputs(
