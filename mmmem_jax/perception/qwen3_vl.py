@@ -12,6 +12,7 @@ the visual part of a query [t, v], whose product with a text or a view is that o
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from mmmem_jax import prompts
 from mmmem_jax.memory.types import Item
 from mmmem_jax.models import text_encoder, weights
 from mmmem_jax.models.qwen3_vl import conversation, params
-from mmmem_jax.models.qwen3_vl.chat import TURN_END
-from mmmem_jax.models.qwen3_vl.conversation import Seen, Speaker, Talk
+from mmmem_jax.models.qwen3_vl.chat import TURN_END, shorten
+from mmmem_jax.models.qwen3_vl.conversation import Said, Seen, Speaker, Talk
 from mmmem_jax.models.text_encoder import BertEncoder
 from mmmem_jax.perception import extraction, salient
 from mmmem_jax.perception.decode import Frame
@@ -39,10 +40,10 @@ VISUAL_DIM = 256
 PROMPTS = ("caption_v1", "extract_v1")
 MAX_FRAMES = 16  # of a clip: four long clips are the paper's 64 frames of a decision
 CAPTION_TOKENS, EXTRACTION_TOKENS = 48, 160  # written at most
-ATTEMPTS = 3  # to get entities that can be read
-RETRY_TEMPERATURE = 0.7  # the first attempt takes the likeliest tokens
-# How it is recorded that the model wrote nothing, and nothing that could be read.
-NO_CAPTION, NO_ENTITIES = "caption", "extraction"
+SUBTITLE_SHARE = 1 / 8  # of the context, that subtitles of a clip may take
+# How it is recorded that the model wrote no whole line, and nothing that could be read, and that
+# there were more subtitles than it was told.
+NO_CAPTION, NO_ENTITIES, CUT_SUBTITLES = "caption", "extraction", "all of the subtitles"
 
 
 class Embedder(NamedTuple):
@@ -191,8 +192,10 @@ class Notes(NamedTuple):
     """What the model wrote of one clip."""
 
     caption: str
+    subtitles: str  # that it was told
     entities: Extraction | None  # None: nothing that it wrote could be read
     probability: float  # of the entities as written, geometric mean over tokens
+    failed: tuple[str, ...]  # of NO_CAPTION, NO_ENTITIES, CUT_SUBTITLES
 
 
 PerceiveFn = Callable[[Sequence[Clip], np.ndarray | None], list[Percept]]
@@ -254,46 +257,48 @@ def take_notes(
     Returns:
       What it wrote; the tokens of every prompt with what was written after it; the conversation.
     """
-    subtitles = prompts.plain(subtitles_of(clip))
+    spoken = prompts.plain(subtitles_of(clip))
+    most = int(talk.cache.valid.shape[1] * SUBTITLE_SHARE)
+    subtitles = shorten(speaker.chat, spoken, most)
     told = f'\nSubtitles: "{subtitles}"' if subtitles else ""
     talk = conversation.show(speaker, talk, seen)
     talk = conversation.tell(speaker, talk, f"{told}{TURN_END}\n{prompts.ANSWER}")
-    place = conversation.mark(talk)
-    said, talk = conversation.say(speaker, talk, max_new_tokens=CAPTION_TOKENS)
-    anew, caption = [in_view(talk)], prompts.plain(said.text)
+    ask = partial(conversation.insist, speaker, seed=clip.index)
+    line, talk = ask(talk, _whole_line, max_new_tokens=CAPTION_TOKENS)
+    caption = line.found or prompts.plain(line.first.text)
     # Told again as it is kept, so that what is read from here on depends on nothing else.
-    talk = conversation.rewind(talk, place)
     asked = prompts.turn("user", "Entities?") + prompts.ANSWER
     talk = conversation.tell(speaker, talk, f"{caption}{TURN_END}\n{asked}")
-    place = conversation.mark(talk)
-    entities, probability = None, 0.0
-    for attempt in range(ATTEMPTS):
-        said, talk = conversation.say(
-            speaker,
-            talk,
-            max_new_tokens=EXTRACTION_TOKENS,
-            rng_key=jax.random.fold_in(jax.random.key(clip.index), attempt),
-            temperature=RETRY_TEMPERATURE if attempt else 0.0,
-        )
-        anew.append(in_view(talk))
-        talk = conversation.rewind(talk, place)
-        try:
-            entities = extraction.parse(said.text)
-        except ValueError:
-            continue  # if it stays like that, the clip's record says so
-        probability = float(np.exp(np.mean(said.log_probs)))
-        break
-    return Notes(caption, entities, probability), anew, talk
+    listed, talk = ask(talk, _entities, max_new_tokens=EXTRACTION_TOKENS)
+    failed = {
+        NO_CAPTION: line.found is None,
+        NO_ENTITIES: listed.found is None,
+        CUT_SUBTITLES: subtitles != spoken,
+    }
+    notes = Notes(
+        caption,
+        subtitles,
+        listed.found,
+        float(np.exp(np.mean(listed.last.log_probs))),
+        tuple(name for name, has in failed.items() if has),
+    )
+    return notes, [*line.in_view, *listed.in_view], talk
+
+
+def _whole_line(said: Said) -> str:
+    """What was written, in one line. Raises ValueError if it is nothing, or cut off."""
+    if not said.ended or not (text := prompts.plain(said.text)):
+        raise ValueError("no whole line")
+    return text
+
+
+def _entities(said: Said) -> Extraction:
+    return extraction.parse(said.text)
 
 
 def frames_in(speaker: Speaker, seen: Seen) -> int:
     """Frames that were encoded, those that only fill up a temporal patch included."""
     return seen.shown.pixels.grid[0] * speaker.config.vision.temporal_patch_size
-
-
-def in_view(talk: Talk) -> int:
-    """Tokens that the next one would look at."""
-    return int(talk.cache.valid.sum())
 
 
 def subtitles_of(clip: Clip) -> str:
@@ -329,21 +334,17 @@ def _percept(
     seen: Seen,
     before: np.ndarray | None,
 ) -> Percept:
-    subtitles = subtitles_of(clip)
-    text = f'{notes.caption} Subtitle: "{subtitles}"' if subtitles else notes.caption
+    text = f'{notes.caption} Subtitle: "{notes.subtitles}"' if notes.subtitles else notes.caption
     found = Extraction((), -1) if notes.entities is None else notes.entities
     return Percept(
         index=clip.index,
         span=clip.span,
         caption=text,
-        subtitles=subtitles,
+        subtitles=subtitles_of(clip),
         labels=tuple((entity.name, notes.probability) for entity in found.entities),
         key_frames=key,
         item=_make_item(speaker, embedder, clip, text, found, key, seen, before),
-        failed=(
-            *((NO_CAPTION,) if not notes.caption else ()),
-            *((NO_ENTITIES,) if notes.entities is None else ()),
-        ),
+        failed=notes.failed,
         seen=seen,
     )
 

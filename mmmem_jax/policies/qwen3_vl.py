@@ -8,6 +8,7 @@ follows it, a sentence about the episode, is the trace.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from mmmem_jax import prompts, store
@@ -16,9 +17,9 @@ from mmmem_jax.memory import ADD_NEW, DISCARD, MERGE, MemoryState
 from mmmem_jax.models.qwen3_vl import conversation, inputs
 from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import TURN_END, TURN_START, Chat
-from mmmem_jax.models.qwen3_vl.conversation import Seen, Speaker, Talk
+from mmmem_jax.models.qwen3_vl.conversation import Said, Seen, Speaker, Talk
 from mmmem_jax.perception.decode import Frame
-from mmmem_jax.perception.qwen3_vl import frames_in, in_view, look
+from mmmem_jax.perception.qwen3_vl import frames_in, look
 from mmmem_jax.perception.types import Percept, Work, total
 from mmmem_jax.policies.types import Decision
 
@@ -27,7 +28,7 @@ PROMPT = "decide_v1"
 WORDS = ("add", "merge", "discard")  # of ADD_NEW, MERGE, DISCARD
 QUESTION = f"What becomes of the new clip?{TURN_END}\n{prompts.ANSWER}"
 MAX_EPISODE_FRAMES = 64  # that one decision looks at
-NO_TRACE = "trace"  # how it is recorded that there is none
+NO_TRACE = "trace"  # how it is recorded that there is no whole one
 DECISION_TOKENS = 64  # written at most: the word and the trace
 
 
@@ -101,23 +102,25 @@ def step(
     talk, place = read_clip(speaker, episode.talk, percept.seen, percept.caption)
     talk = conversation.tell(speaker, talk, QUESTION)
     offered = (ADD_NEW, DISCARD) if alone else (ADD_NEW, MERGE, DISCARD)
-    said, talk = conversation.say(
+    answered, talk = conversation.insist(
         speaker,
         talk,
+        partial(_trace, ids),
         max_new_tokens=DECISION_TOKENS,
+        seed=percept.index,
         first_ids=tuple(ids[action] for action in offered),
     )
-    action = ids.index(said.ids[0])
-    trace = None if action == DISCARD else trace_of(said.text, WORDS[action])
-    anew, shown = in_view(talk), episode.frames + frames_in(speaker, percept.seen)
+    action, trace = ids.index(answered.first.ids[0]), answered.found
+    shown = episode.frames + frames_in(speaker, percept.seen)
     episode = _after(speaker, episode, talk, place, percept, action)
-    done = Work(episode.talk.tokens_read - before, 0, anew, shown)
+    read, attempts = episode.talk.tokens_read - before, len(answered.in_view)
+    done = Work(read, 0, sum(answered.in_view), attempts * shown)
     decision = Decision(
         action=action,
         strength=percept.span[1],  # the oldest go first
-        log_prob=said.log_probs[0],
-        trace=trace or "",
-        failed=(NO_TRACE,) if trace is None and action != DISCARD else (),
+        log_prob=answered.first.log_probs[0],
+        trace=trace_of(answered.first.text, WORDS[action]) if trace is None else trace,
+        failed=(NO_TRACE,) if trace is None else (),
         work=total(episode.untold, done),
     )
     return decision, episode._replace(untold=Work())
@@ -130,10 +133,20 @@ def read_clip(speaker: Speaker, talk: Talk, seen: Seen, caption: str) -> tuple[T
     return talk, conversation.mark(talk)
 
 
-def trace_of(text: str, word: str) -> str | None:
-    """The sentence of an answer such as "add: A cat sleeps.", in one line; None if it has none."""
-    sentence = " ".join(text.split()).removeprefix(f"{word}:")
-    return sentence.strip() or None if text.startswith(f"{word}:") else None
+def trace_of(text: str, word: str) -> str:
+    """The sentence of an answer such as "add: A cat sleeps.", in one line; "" if it has none."""
+    if not text.startswith(f"{word}:"):
+        return ""
+    return prompts.plain(text.removeprefix(f"{word}:"))
+
+
+def _trace(ids: tuple[int, ...], said: Said) -> str:
+    """The trace of an answer, "" for DISCARD; raises ValueError if it has none, or is cut off."""
+    action = ids.index(said.ids[0])
+    trace = "" if action == DISCARD else trace_of(said.text, WORDS[action])
+    if action != DISCARD and not (trace and said.ended):
+        raise ValueError("no whole sentence after the decision")
+    return trace
 
 
 def layout(episode: str, frame: str, caption: str) -> str:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from mmmem_jax import prompts
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import conversation
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.conversation import Said, Speaker
 from mmmem_jax.retrieval.top_down import RetrievalConfig, may_stop, next_stall
 
@@ -36,7 +37,9 @@ class Reader(NamedTuple):
 
     begin: Callable[[], Talk]
     tell: Callable[[Talk, str], Talk]  # special tokens in the text become themselves
-    look: Callable[[Talk, np.ndarray, Sequence[float]], Talk]  # frames [T, H, W, 3], seconds
+    beginning: Callable[[Talk, str, int], str]  # what of a text leaves room for so many tokens
+    # Frames [T, H, W, 3] at seconds [T], which are to leave so much room; else it is as it was.
+    look: Callable[[Talk, np.ndarray, Sequence[float], int], Talk]
     mark: Callable[[Talk], Talk]
     rewind: Callable[[Talk, Talk], Talk]  # the conversation as it was when it was marked
     choose: Callable[[Talk, tuple[int, ...]], np.ndarray]  # log-probabilities among these ids
@@ -86,6 +89,7 @@ class Drilled(NamedTuple):
     answer_entropy: np.ndarray  # [S] nats; past the stop it stays as it was
     stop_step: int
     tokens: tuple[tuple[int, ...], ...]  # read of each piece of each step up to the stop
+    left_out: int  # pieces of which not all fitted the context
     letters: tuple[float, ...]  # log-probabilities in the order asked, before votes
     votes: tuple[dict, ...]  # order (option at each letter) and log_probs (of the options) of each
     written: str | None  # what the model wrote, in mode "generate"
@@ -99,6 +103,7 @@ class Written(NamedTuple):
 
     text: str  # of the answer, or what became of it
     tokens: tuple[int, ...]  # read of each piece of evidence
+    left_out: int  # pieces of which not all fitted the context
     prompt_sha256: str
     tokens_read: int
 
@@ -106,8 +111,14 @@ class Written(NamedTuple):
 def make_reader(speaker: Speaker, num_slots: int) -> Reader:
     """A reader with a model and room for `num_slots` tokens."""
 
-    def look(talk, frames, seconds):
-        return conversation.show(speaker, talk, conversation.see(speaker, frames, seconds))
+    def beginning(talk, text, leave):
+        return conversation.beginning(speaker, talk, text, leave=leave)
+
+    def look(talk, frames, seconds, leave):
+        seen = conversation.see(speaker, frames, seconds)
+        if not conversation.has_room(speaker, talk, seen, leave=leave):
+            return talk
+        return conversation.show(speaker, talk, seen)
 
     def say(talk, max_new_tokens):
         return conversation.say(speaker, talk, max_new_tokens=max_new_tokens)
@@ -115,6 +126,7 @@ def make_reader(speaker: Speaker, num_slots: int) -> Reader:
     return Reader(
         begin=partial(conversation.begin, speaker, num_slots),
         tell=partial(conversation.tell, speaker),
+        beginning=beginning,
         look=look,
         mark=conversation.mark,
         rewind=conversation.rewind,
@@ -170,6 +182,8 @@ def verify(
 ) -> tuple[Float[np.ndarray, "N"], int]:
     """How likely each text holds something that helps to answer: p(yes) against p(no).
 
+    Of a text that does not fit the context the beginning is judged.
+
     Returns:
       float32 [N], and the tokens that the model read.
 
@@ -182,9 +196,9 @@ def verify(
     if not texts:
         return np.zeros(0, np.float32), 0
     talk = reader.tell(reader.begin(), head)
-    place, found = reader.mark(talk), []
+    place, found, leave = reader.mark(talk), [], _room_for(reader, tail)
     for text in texts:
-        talk = reader.tell(talk, f"{text}\n{tail}")
+        talk = reader.tell(talk, f"{reader.beginning(talk, text, leave)}\n{tail}")
         found.append(np.exp(reader.choose(talk, yes + no))[: len(yes)].sum())
         talk = reader.rewind(talk, place)
     return np.array(found, np.float32), reader.tokens_read(talk)
@@ -216,49 +230,75 @@ def drill_down(
       UserError: if the context has no room, and as letter_ids does.
     """
     ids = letter_ids(reader, len(options))
-    head, _ = _halves("answer_v1", question="", options="")
-    talk, told = reader.tell(reader.begin(), head), [head]
-    num_steps, given = len(config.search.step_levels), np.arange(len(options))
-    entropies = np.full(num_steps, np.log(len(options)))  # as long as nothing is read
-    tokens, stalled, log_probs, step = [], 0, None, 0
-    for step, pieces in enumerate(steps):
-        counts = []
-        for piece in pieces:
-            talk, count = _read(reader, talk, piece)
-            told.append(_told(piece))
-            counts.append(count)
-        tokens.append(tuple(counts))
-        if any(counts):
-            log_probs, talk = _score(reader, talk, question, options, given, ids)
-            entropies[step:] = _entropy(log_probs)
-        if step:
-            drop = entropies[step - 1] - entropies[step]
-            stalled = int(next_stall(stalled, drop, any(counts), config.search))
-        if may_stop(entropies[step], stalled, gamma, config.search):
-            break
+    scored = partial(_score, reader, question=question, options=options, ids=ids)
+    new_tokens = config.max_new_tokens if config.mode == "generate" else 0
+    tail = _tail(question, options)
+    leave = _room_for(reader, tail, new_tokens)
+    talk, found = _search(reader, steps, scored, len(options), leave, gamma, config.search)
+    log_probs, given = found.log_probs, np.arange(len(options))
     if log_probs is None:  # there was nothing to read
-        log_probs, talk = _score(reader, talk, question, options, given, ids)
+        log_probs, talk = scored(talk, order=given)
     letters, votes, written = tuple(log_probs.tolist()), (), None
     choice = int(log_probs.argmax())
     if config.mode == "generate":
-        said, talk = _ask(reader, talk, question, options, config.max_new_tokens)
+        said, talk = _ask(reader, talk, tail, config.max_new_tokens)
         written, choice = said.text, parse_letter(said.text, len(options))
     elif _margin(log_probs) < config.margin:
         log_probs, votes, talk = vote(reader, talk, question, options, ids, config)
         choice = int(log_probs.argmax())
-    told.append(_tail(question, options))
     return Drilled(
         log_probs=log_probs,
-        answer_entropy=entropies,
-        stop_step=step,
-        tokens=tuple(tokens),
+        answer_entropy=found.answer_entropy,
+        stop_step=len(found.tokens) - 1,
+        tokens=found.tokens,
+        left_out=found.left_out,
         letters=letters,
         votes=votes,
         written=written,
         choice=choice,
-        prompt_sha256=_digest(told),
+        prompt_sha256=_digest([*found.told, tail]),
         tokens_read=reader.tokens_read(talk),
     )
+
+
+class _Searched(NamedTuple):
+    """What was read until the options were told apart."""
+
+    log_probs: Float[np.ndarray, "O"] | None  # None: there was nothing to read
+    answer_entropy: np.ndarray  # see Drilled
+    tokens: tuple[tuple[int, ...], ...]
+    left_out: int
+    told: tuple[str, ...]
+
+
+def _search(
+    reader: Reader,
+    steps: Iterable[Sequence[Evidence]],
+    scored: Callable[..., tuple[np.ndarray, Talk]],
+    num_options: int,
+    leave: int,
+    gamma: float,
+    config: RetrievalConfig,
+) -> tuple[Talk, _Searched]:
+    """Reads step by step, leaving room for so many tokens; see drill_down."""
+    head, _ = _halves("answer_v1", question="", options="")
+    talk, told = reader.tell(reader.begin(), head), [head]
+    entropies = np.full(len(config.step_levels), np.log(num_options))  # as long as nothing is read
+    tokens, left_out, stalled, log_probs = [], 0, 0, None
+    for step, pieces in enumerate(steps):
+        talk, notes = _read_all(reader, talk, pieces, leave)
+        told += notes.told
+        tokens.append(notes.tokens)
+        left_out += notes.left_out
+        if any(notes.tokens):
+            log_probs, talk = scored(talk, order=np.arange(num_options))
+            entropies[step:] = _entropy(log_probs)
+        if step:
+            drop = entropies[step - 1] - entropies[step]
+            stalled = int(next_stall(stalled, drop, any(notes.tokens), config))
+        if may_stop(entropies[step], stalled, gamma, config):
+            break
+    return talk, _Searched(log_probs, entropies, tuple(tokens), left_out, tuple(told))
 
 
 def vote(
@@ -281,7 +321,7 @@ def vote(
     votes = []
     for order in vote_orders(len(options), config.num_votes, config.seed):
         order = by_text[order]
-        log_probs, talk = _score(reader, talk, question, options, order, ids)
+        log_probs, talk = _score(reader, talk, question, options, ids, order)
         votes.append({"order": order.tolist(), "log_probs": log_probs.tolist()})
     mean = np.mean([v["log_probs"] for v in votes], axis=0)
     mean = mean - np.log(np.exp(mean).sum())
@@ -309,18 +349,16 @@ def write_answer(
       UserError: if the context has no room.
     """
     head, tail = _halves("word_v1", question=prompts.plain(question))
-    talk, tokens = reader.tell(reader.begin(), head), []
-    for piece in pieces:
-        talk, count = _read(reader, talk, piece)
-        tokens.append(count)
+    leave = _room_for(reader, tail, config.max_new_tokens)
+    talk, notes = _read_all(reader, reader.tell(reader.begin(), head), pieces, leave)
     said, talk = reader.say(reader.tell(talk, tail), config.max_new_tokens)
     text = " ".join(said.text.split())
     if not text:
         text = "(the model wrote no answer)"
     elif not said.ended:
         text += f" ... (cut off after {config.max_new_tokens} tokens)"
-    digest = _digest([head, *map(_told, pieces), tail])
-    return Written(text, tuple(tokens), digest, reader.tokens_read(talk))
+    digest = _digest([head, *notes.told, tail])
+    return Written(text, notes.tokens, notes.left_out, digest, reader.tokens_read(talk))
 
 
 def parse_letter(text: str, num_options: int) -> int | None:
@@ -330,22 +368,44 @@ def parse_letter(text: str, num_options: int) -> int | None:
     return index if index < num_options else None
 
 
-def _read(reader: Reader, talk: Talk, piece: Evidence) -> tuple[Talk, int]:
-    """Reads a piece of evidence; the conversation, and how many tokens it took."""
-    before = reader.tokens_read(talk)
-    if piece.text:
-        talk = reader.tell(talk, _told(piece))
-    if piece.frames is not None:
-        talk = reader.look(talk, piece.frames, piece.seconds)
-    return talk, reader.tokens_read(talk) - before
+class _Notes(NamedTuple):
+    """Of pieces that were read."""
+
+    told: tuple[str, ...]  # text of each
+    tokens: tuple[int, ...]  # of each
+    left_out: int  # see Drilled
 
 
-def _told(piece: Evidence) -> str:
-    """A piece of evidence as it is told."""
-    return f"{piece.text}\n" if piece.text else ""
+def _read_all(
+    reader: Reader, talk: Talk, pieces: Sequence[Evidence], leave: int
+) -> tuple[Talk, _Notes]:
+    """Reads evidence, of each piece what leaves room for so many tokens."""
+    told, tokens, left_out = [], [], 0
+    for piece in pieces:
+        before = reader.tokens_read(talk)
+        wanted = f"{piece.text}\n" if piece.text else ""
+        text = reader.beginning(talk, wanted, leave)
+        if text:
+            talk = reader.tell(talk, text)
+        read, whole = reader.tokens_read(talk), text == wanted
+        if piece.frames is not None:
+            talk = reader.look(talk, piece.frames, piece.seconds, leave)
+            whole &= reader.tokens_read(talk) > read
+        told.append(text)
+        tokens.append(reader.tokens_read(talk) - before)
+        left_out += not whole
+    return talk, _Notes(tuple(told), tuple(tokens), left_out)
 
 
-def _score(reader, talk, question, options, order, ids) -> tuple[np.ndarray, Talk]:
+def _room_for(reader: Reader, tail: str, new_tokens: int = 0) -> int:
+    """Tokens of the context that a question takes, its options in whichever order, and an answer.
+
+    Beside other neighbours each line may be a token longer.
+    """
+    return bucket_length(len(reader.encode(tail)) + tail.count("\n")) + new_tokens
+
+
+def _score(reader, talk, question, options, ids, order) -> tuple[np.ndarray, Talk]:
     """Log-probabilities of the options, shown in an `order`; the conversation as it was."""
     place = reader.mark(talk)
     talk = reader.tell(talk, _tail(question, [options[i] for i in order]))
@@ -354,10 +414,10 @@ def _score(reader, talk, question, options, order, ids) -> tuple[np.ndarray, Tal
     return by_option, reader.rewind(talk, place)
 
 
-def _ask(reader, talk, question, options, max_new_tokens: int) -> tuple[Said, Talk]:
+def _ask(reader, talk, tail: str, max_new_tokens: int) -> tuple[Said, Talk]:
     """What the model writes when it is asked for a letter; the conversation as it was."""
     place = reader.mark(talk)
-    said, talk = reader.say(reader.tell(talk, _tail(question, options)), max_new_tokens)
+    said, talk = reader.say(reader.tell(talk, tail), max_new_tokens)
     return said, reader.rewind(talk, place)
 
 

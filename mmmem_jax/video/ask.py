@@ -136,6 +136,9 @@ def told(answer: Answer) -> str:
         lines.append(f"  {probability:5.1%}  {option}")
     if answer.options and not answer.found:
         lines.append(f"({NOT_FOUND}: a guess)")
+    if answer.model and answer.model["left_out"]:
+        count = answer.model["left_out"]
+        lines.append(f"(not all of {count} pieces of evidence fitted; give a larger --context)")
     for moment in answer.moments:
         where = f"{moment.video} " if len(answer.videos) > 1 else ""
         lines.append(f"  {where}{during(moment.span)}  {moment.text}")

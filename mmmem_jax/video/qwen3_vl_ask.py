@@ -216,6 +216,7 @@ def _choose(loaded, reader, question, options, wanted, plan: Plan, config: Answe
         "letters": list(drilled.letters),
         "votes": list(drilled.votes),
         "written": drilled.written,
+        "left_out": drilled.left_out,
     }
     text = f"{UNANSWERED}: the model wrote {drilled.written!r}, which names no option"
     if drilled.choice is not None:
@@ -230,12 +231,13 @@ def _word(loaded, reader, question, options, wanted, plan: Plan, config: AnswerC
     chosen = [slot for slot, p in plan.verified.items() if p >= config.found_at]
     chosen = chosen[: config.verified]
     one_step = RetrievalConfig(top_k=(1, config.verified, 1), rounds=(0, 1, 0))
-    text, model, tokens, tokens_read = asking.NOT_FOUND, {"prompt_sha256": None}, (), 0
+    text, tokens, tokens_read = asking.NOT_FOUND, (), 0
+    model = {"prompt_sha256": None, "left_out": 0}
     if chosen:
         pieces = [_evidence(loaded, slot) for slot in chosen]
         written = reading.write_answer(reader, question, pieces, config)
         text, tokens, tokens_read = written.text, written.tokens, written.tokens_read
-        model = {"prompt_sha256": written.prompt_sha256}
+        model = {"prompt_sha256": written.prompt_sha256, "left_out": written.left_out}
     entered = np.ones_like(plan.entered)
     entered[chosen] = 0
     share = np.array([plan.verified[slot] for slot in chosen])

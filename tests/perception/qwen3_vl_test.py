@@ -194,14 +194,14 @@ class TestPerceive:
         assert len(keys) == 3
 
     def test_a_failure_is_recorded(self, speaker, embedder, script):
-        script[0].extend(["A cat.", *["nothing"] * qwen3_vl.ATTEMPTS])
+        script[0].extend(["A cat.", *["nothing"] * conversation.ATTEMPTS])
         (cat,) = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)([_clip()], None)
         assert cat.failed == ("extraction",)
         assert (cat.caption, cat.labels) == ("A cat.", ())
         assert not cat.item.mention_valid.any()
 
     def test_no_caption_is_recorded(self, speaker, embedder, script):
-        script[0].extend([" \n", ENTITIES])
+        script[0].extend([*[" \n"] * conversation.ATTEMPTS, ENTITIES])
         (cat,) = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)([_clip()], None)
         assert cat.failed == ("caption",)
         assert np.isfinite(cat.item.text).all()
@@ -252,13 +252,25 @@ class TestPerceive:
         with pytest.raises(UserError, match=f"more than the context of {room}"):
             perceive([_clip()], None)
 
-    def test_after_a_clip_that_does_not_fit_others_do(self, speaker, embedder, script):
+    def test_after_a_clip_that_does_not_fit_others_do(self, speaker, embedder, script, monkeypatch):
         script[0].extend(["A cat.", ENTITIES])
         perceive = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)
-        with pytest.raises(UserError, match=f"more than the context of {CONTEXT}"):
-            perceive([_clip(cues=[Cue(0.0, 1.0, "x" * CONTEXT)])], None)
+        with monkeypatch.context() as patch:
+            patch.setattr(qwen3_vl, "SUBTITLE_SHARE", 2)
+            with pytest.raises(UserError, match=f"more than the context of {CONTEXT}"):
+                perceive([_clip(cues=[Cue(0.0, 1.0, "x" * CONTEXT)])], None)
         (cat,) = perceive([_clip()], None)
         assert cat.caption == "A cat."
+
+    def test_subtitles_that_fill_the_context_are_cut(self, speaker, embedder, script):
+        script[0].extend(["A cat.", ENTITIES])
+        perceive = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)
+        spoken = "the red house " * CONTEXT
+        (cat,) = perceive([_clip(cues=[Cue(0.0, 1.0, spoken)])], None)
+        told = cat.caption.removeprefix('A cat. Subtitle: "').removesuffix('"')
+        assert spoken.startswith(told)
+        assert CONTEXT / 10 < _count(speaker, told) <= CONTEXT / 8
+        assert (cat.subtitles, cat.failed) == (spoken, (qwen3_vl.CUT_SUBTITLES,))
 
 
 def _count(speaker, text):

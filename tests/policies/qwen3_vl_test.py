@@ -12,7 +12,7 @@ from mmmem_jax.models.qwen3_vl.buckets import bucket_length
 from mmmem_jax.models.qwen3_vl.chat import load_chat
 from mmmem_jax.models.qwen3_vl.conversation import Said, load_speaker
 from mmmem_jax.perception.decode import Frame
-from mmmem_jax.perception.qwen3_vl import in_view, look
+from mmmem_jax.perception.qwen3_vl import look
 from mmmem_jax.perception.types import Percept, Work
 from mmmem_jax.policies import qwen3_vl as manager
 from mmmem_jax.testing.qwen3_vl import SHALLOW, write_checkpoint
@@ -58,9 +58,9 @@ def script(speaker, monkeypatch):
     """The model answers the words given it, in order; what it was asked is kept."""
     heard, answers = [], []
 
-    def say(speaker, talk, *, max_new_tokens, first_ids):
+    def say(speaker, talk, *, max_new_tokens, rng_key, temperature, first_ids):
         log_probs = conversation.choose(speaker, talk, first_ids)
-        heard.append(Heard(first_ids, log_probs, in_view(talk)))
+        heard.append(Heard(first_ids, log_probs, conversation.in_view(talk)))
         text = answers.pop(0)
         first = speaker.chat.tokenizer.encode(text).ids[0]
         chosen = float(log_probs[first_ids.index(first)])
@@ -163,10 +163,11 @@ def test_what_the_model_says_is_sampled_among_the_actions(speaker, percepts, mon
     [
         ("add: A cat.", "A cat."),
         ("add:A cat\n sleeps.", "A cat sleeps."),
-        ("add", None),
-        ("add:  ", None),
-        ("address: A cat.", None),
-        ("I would add: A cat.", None),
+        ("add: A <|im_end|> cat.", "A < |im_end|> cat."),
+        ("add", ""),
+        ("add:  ", ""),
+        ("address: A cat.", ""),
+        ("I would add: A cat.", ""),
     ],
 )
 def test_a_trace_is_what_follows_the_word(text, trace):
@@ -178,3 +179,37 @@ def test_words_that_begin_alike_are_refused(folder):
     assert len(set(manager.action_ids(chat))) == 3
     with pytest.raises(UserError, match="'merge' and 'mend' begin with the same token"):
         manager.action_ids(chat, ("add", "merge", "mend"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "trace", "failed"),
+    [
+        (["add", "add: A cat."], "A cat.", ()),
+        (["add: A very ~", "add", "add: A cat."], "A cat.", ()),
+        (["add: A very ~", "add: A cat ~", "add"], "A very", ("trace",)),
+        (["add"] * conversation.ATTEMPTS, "", ("trace",)),
+    ],
+)
+def test_a_trace_is_asked_for_again_and_its_failure_kept(
+    speaker, percepts, monkeypatch, texts, trace, failed
+):
+    """What was decided stays, as likely as it was; "~" is where an answer is cut off."""
+    add, merge, discard = ids = manager.action_ids(speaker.chat)
+    asked, answers = [], list(texts)
+
+    def say(speaker, talk, **how):
+        asked.append(how)
+        text, ended = answers.pop(0), True
+        if text.endswith("~"):
+            text, ended = text.removesuffix("~"), False
+        return Said(text, (add,), (0.0 if len(asked) > 1 else -0.5,), ended), talk
+
+    monkeypatch.setattr(conversation, "say", say)
+    decision, episode = manager.step(speaker, ids, manager._open(speaker, CONTEXT), percepts[0])
+    assert (decision.action, decision.log_prob) == (ADD_NEW, -0.5)
+    assert (decision.trace, decision.failed) == (trace, failed)
+    assert not answers
+    assert [how["first_ids"] for how in asked] == [(add, discard)] + [(add,)] * (len(texts) - 1)
+    assert [how["temperature"] > 0 for how in asked] == [False] + [True] * (len(texts) - 1)
+    assert decision.work.frames_anew == 4 * len(texts)
+    assert episode.frames == 4

@@ -85,6 +85,15 @@ class TestVerify:
         found, read = reading.verify(reader, QUESTION, ("a", "b"), [])
         assert (found.shape, read, log.scored) == ((0,), 0, [])
 
+    def test_of_a_text_that_does_not_fit_the_beginning_is_judged(self):
+        reader, log = make_reader(lambda text, ids: [0.0] * 4)
+        _, read = reading.verify(reader, QUESTION, (), ["x"])
+        reader, log = make_reader(lambda text, ids: [0.0] * 4, context=read + 300)
+        reading.verify(reader, QUESTION, (), ["x" * 1000, "y"])
+        assert 1 < log.scored[0].count("x") < 300
+        assert log.scored[0].split("x")[-1].endswith(log.scored[1].split("y\n")[-1])
+        assert "y\n" in log.scored[1]
+
 
 class TestVote:
     @pytest.mark.parametrize("num_options", [2, 3, 4, 5, 7])
@@ -209,6 +218,23 @@ class TestDrillDown:
         assert hashes[0] == hashes[1]
         assert len(set(hashes)) == 3
 
+    @pytest.mark.parametrize("mode", ["likelihood", "generate"])
+    def test_what_does_not_fit_is_left_out_and_counted(self, mode):
+        """Votes and answers have room at any length of the evidence."""
+        options, said = ["a", "light blue"], "B"
+        reader, log = make_reader(lambda text, ids: [0.0, 0.1], say=said)
+        bare = drill(reader, options, [[]], mode=mode)
+        room = bare.tokens_read  # enough for the question alone
+        for context in range(room, room + 600, 25):
+            reader, log = make_reader(lambda text, ids: [0.0, 0.1], say=said, context=context)
+            pieces = [Evidence("x" * 200), Evidence("y", FRAMES, (1.0, 2.0))]
+            found = drill(reader, options, [pieces], mode=mode, search=one_step())
+            told = log.scored[-1]
+            whole = [told.count("x") == 200, "y" in told and "frames at" in told]
+            assert found.left_out == 2 - sum(whole)
+            assert bool(found.votes) == (mode == "likelihood")
+        assert found.left_out == 0
+
     def test_without_evidence_it_guesses(self):
         reader, log = make_reader(lambda text, ids: [0.0, 2.0, 0.0])
         found = drill(reader, ["a", "b", "c"], [[]] * 6, gamma=0.3)
@@ -259,7 +285,7 @@ class TestWriteAnswer:
         reader, log = make_reader(None, say=said, ended=ended)
         pieces = [Evidence("one"), Evidence("three")]
         found = reading.write_answer(reader, QUESTION, pieces, AnswerConfig())
-        assert (found.text, found.tokens) == (told, (4, 6))
+        assert (found.text, found.tokens, found.left_out) == (told, (4, 6), 0)
         assert "one\nthree\n" in log.asked[0]
         assert log.asked[0].index("three") < log.asked[0].index(QUESTION)
         assert found.tokens_read == len(log.asked[0]) + len(said)

@@ -21,12 +21,22 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
 
 
-def make_reader(choose, *, say="", ended=True, encode=lambda text: [ord(c) for c in text]):
+def make_reader(
+    choose, *, say="", ended=True, encode=lambda text: [ord(c) for c in text], context=10**6
+):
     """A reader whose `choose` gives logits from the text so far and the ids; `log` holds calls."""
     log = SimpleNamespace(scored=[], asked=[])
 
     def tell(talk, text):
+        assert len(talk.text + text) <= context
         return Talk(talk.text + text, talk.read + len(text))
+
+    def beginning(talk, text, leave):
+        return text[: max(context - len(talk.text) - leave, 0)]
+
+    def look(talk, frames, seconds, leave):
+        shown = f"[{len(frames)} frames at {seconds}]"
+        return tell(talk, shown) if beginning(talk, shown, leave) == shown else talk
 
     def scored(talk, ids):
         log.scored.append(talk.text)
@@ -39,7 +49,8 @@ def make_reader(choose, *, say="", ended=True, encode=lambda text: [ord(c) for c
     reader = reading.Reader(
         begin=lambda: Talk("", 0),
         tell=tell,
-        look=lambda talk, frames, seconds: tell(talk, f"[{len(frames)} frames at {seconds}]"),
+        beginning=beginning,
+        look=look,
         mark=lambda talk: talk,
         rewind=lambda talk, place: place._replace(read=talk.read),
         choose=scored,

@@ -63,7 +63,7 @@ def _acting(monkeypatch, actions):
 
     def decided(speaker, talk, *, first_ids=(), **how):
         said, talk = say(speaker, talk, first_ids=first_ids, **how)
-        if first_ids:
+        if len(first_ids) > 1:  # else the trace alone is asked for again
             wanted = manager.action_ids(speaker.chat)[next(left)]
             assert wanted in first_ids
             said = said._replace(ids=(wanted, *said.ids[1:]))
@@ -83,8 +83,9 @@ def test_a_memory_is_built_and_told_of(builder, video, tmp_path):
         assert (clip.node_id >= 0) == kept
         assert bool(clip.caption) == bool(clip.frames) == kept
         assert clip.log_prob <= 0
-        assert clip.failed[:1] == ("extraction",)  # of random weights nothing else is to be had
-        assert ("trace" in clip.failed) == (kept and not clip.trace)
+        assert "extraction" in clip.failed  # of random weights nothing else is to be had
+        assert ("trace" in clip.failed) >= (kept and not clip.trace)
+        assert ("trace" in clip.failed) <= kept
     with store.open_store(tmp_path, "four") as found:
         assert store.failures(found)["extraction"] == 4
         header = found.header
@@ -93,7 +94,7 @@ def test_a_memory_is_built_and_told_of(builder, video, tmp_path):
     assert {"checkpoint", "adapter", "text_encoder", "context"} < header.keys()
     work = built.work
     assert work.frames == 16  # each once
-    # A caption and three tries for each clip, and a decision at the least.
+    # A caption and three tries of the entities for each clip, and a decision at the least.
     assert work.frames_anew >= 16 * 5
     assert work.tokens < work.tokens_anew
     first, reuse, *failures = build.told(built).splitlines()

@@ -3,10 +3,8 @@
 Nothing of size L x S is kept where a flash kernel runs: cuDNN's on GPUs, Pallas splash attention
 on TPUs. Both are for tokens among themselves: all of a frame, or a text whose padding comes last,
 where causal attention needs no other mask, as no token looks at what follows it. Splash fixes its
-mask when it is compiled, so it cannot say where in a cache the new tokens begin; its dynamic masks
-could, but hold a dense mask for each head. Reading into a cache is therefore XLA's on TPUs, whose
-scores the size of a chunk bounds; so is writing token by token, everywhere, where a row of scores
-is small beside the keys. cuDNN takes the dense mask of a chunk as a bias.
+mask when it is compiled, so it cannot say where in a cache the new tokens begin: of reading into
+a cache see `cached_attention`. cuDNN takes the dense mask of a chunk as a bias.
 """
 
 from functools import partial

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,6 +82,19 @@ def load_chat(folder: str | Path, config: Qwen3VLConfig) -> Chat:
         text_end_id=tokenizer.token_to_id(TEXT_END),
         merge_size=config.vision.spatial_merge_size,
     )
+
+
+def shorten(chat: Chat, text: str, most: int) -> str:
+    """The beginning of a text that is at most so many tokens."""
+    encode = partial(chat.tokenizer.encode, add_special_tokens=False)
+    encoding = encode(text)
+    if len(encoding.ids) <= most:
+        return text
+    for keep in range(most, 0, -1):  # cut off, the last word may be more tokens than it was
+        short = text[: encoding.offsets[keep - 1][1]]
+        if len(encode(short).ids) <= most:
+            return short
+    return ""
 
 
 def render(chat: Chat, messages: Messages, *, add_generation_prompt: bool) -> str:

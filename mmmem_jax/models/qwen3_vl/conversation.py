@@ -12,8 +12,9 @@ so a prompt that begins as the last one did costs only what is new in it.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ from jaxtyping import Float, UInt8
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl import generate, inputs, lora, params
 from mmmem_jax.models.qwen3_vl.attention import best_implementation
-from mmmem_jax.models.qwen3_vl.buckets import bucket_length
-from mmmem_jax.models.qwen3_vl.chat import Chat, load_chat
+from mmmem_jax.models.qwen3_vl.buckets import bucket_length, largest_bucket
+from mmmem_jax.models.qwen3_vl.chat import Chat, load_chat, shorten
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, read_config
 from mmmem_jax.models.qwen3_vl.images import Visual
 from mmmem_jax.models.qwen3_vl.inputs import Prompt
@@ -38,6 +39,8 @@ from mmmem_jax.train.sharding import make_mesh
 # Tokens. 64 frames of 16:9 and 256 lines are 32 x 112, the times before them 32 x 8; with what to
 # do and captions that is under 5,000, and up to a third more is padding.
 CONTEXT = 8192
+ATTEMPTS = 3  # to get what was asked for
+RETRY_TEMPERATURE = 0.7  # the first attempt takes the likeliest tokens
 
 
 class Speaker(NamedTuple):
@@ -75,6 +78,15 @@ class Said(NamedTuple):
     ids: tuple[int, ...]  # with the token that ended it
     log_probs: tuple[float, ...]  # of `ids`, nats, under the distribution sampled from
     ended: bool  # False: cut off at max_new_tokens
+
+
+class Answered(NamedTuple):
+    """What the model wrote until it could be read, or could not for good."""
+
+    found: Any  # what was read; None: no attempt could be
+    first: Said  # the first attempt, which took the likeliest tokens
+    last: Said
+    in_view: tuple[int, ...]  # tokens of the prompt of each attempt, and of what was written
 
 
 def default_dtype() -> jnp.dtype:
@@ -182,6 +194,22 @@ def show(speaker: Speaker, talk: Talk, seen: Seen) -> Talk:
     return _read(speaker, talk, piece, seen.visual, seen.frame_tokens)
 
 
+def beginning(speaker: Speaker, talk: Talk, text: str, *, leave: int) -> str:
+    """What of a text, from its start, can be told and leave room for so many tokens."""
+    return shorten(speaker.chat, text, largest_bucket(_free(talk) - leave))
+
+
+def has_room(speaker: Speaker, talk: Talk, seen: Seen, *, leave: int) -> bool:
+    """Whether encoded frames can be shown and leave room for so many tokens."""
+    count = len(inputs.encode_visual(speaker.chat, seen.shown, first_frame=0).ids)
+    return count <= largest_bucket(_free(talk) - leave)
+
+
+def in_view(talk: Talk) -> int:
+    """Tokens that the next one would look at."""
+    return int(talk.cache.valid.sum())
+
+
 def mark(talk: Talk) -> Talk:
     """A place to `rewind` to, any number of times."""
     return talk._replace(cache=generate.marked(talk.cache))
@@ -249,13 +277,63 @@ def say(
     return said, Talk(cache, int(length), int(position[0]), read)
 
 
+def insist(
+    speaker: Speaker,
+    talk: Talk,
+    read: Callable[[Said], Any],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    first_ids: tuple[int, ...] = (),
+) -> tuple[Answered, Talk]:
+    """Lets the model write until it can be read, ATTEMPTS times at most.
+
+    Args:
+      speaker: who.
+      talk: after what; each attempt follows it directly.
+      read: what comes of an attempt; raises ValueError if it cannot be read.
+      max_new_tokens: at most, each time.
+      seed: of the attempts after the first.
+      first_ids: the only tokens that may come first; the one that did stays in later attempts.
+
+    Returns:
+      What came of it, and the conversation as it was.
+
+    Raises:
+      UserError: if the context has no room for so many tokens.
+    """
+    place, tokens, attempts, found = mark(talk), [], [], None
+    while found is None and len(attempts) < ATTEMPTS:
+        said, talk = say(
+            speaker,
+            talk,
+            max_new_tokens=max_new_tokens,
+            rng_key=jax.random.fold_in(jax.random.key(seed), len(attempts)),
+            temperature=RETRY_TEMPERATURE if attempts else 0.0,
+            first_ids=first_ids,
+        )
+        tokens.append(in_view(talk))
+        talk = rewind(talk, place)
+        attempts.append(said)
+        first_ids = said.ids[:1] if first_ids else ()
+        try:
+            found = read(said)
+        except ValueError:
+            continue  # whoever asked sees that nothing was found
+    return Answered(found, attempts[0], attempts[-1], tuple(tokens)), talk
+
+
+def _free(talk: Talk) -> int:
+    return talk.cache.valid.shape[1] - talk.length
+
+
 def _read(
     speaker: Speaker, talk: Talk, piece: Prompt, visual: VisualTokens | None, frame_tokens: int = 0
 ) -> Talk:
     """Reads a piece, padded to one of few lengths."""
     count, slots = len(piece.ids), talk.cache.valid.shape[1]
     inputs.check_context(talk.length + count, slots)
-    padded = min(bucket_length(count), slots - talk.length)
+    padded = min(bucket_length(count), _free(talk))
     tokens = inputs.batch(
         [piece], pad_to=padded, pad_id=speaker.chat.text_end_id, frame_tokens=frame_tokens
     )

@@ -5,25 +5,16 @@ height and width interleaved over the frequencies. Report: arXiv 2511.21631.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mmmem_jax.models.qwen3_vl.attention import attend
+from mmmem_jax.models.qwen3_vl.cached_attention import Past, attend_past, written
 from mmmem_jax.models.qwen3_vl.config import TextConfig
-
-
-class Past(NamedTuple):
-    """What all layers have read, which of them is at work, and where what it reads now begins."""
-
-    keys: jax.Array  # [N, B, S, K, H]
-    values: jax.Array  # [N, B, S, K, H]
-    layer: jax.Array  # [] int32
-    length: jax.Array  # [] int32
 
 
 class RMSNorm(nnx.Module):
@@ -69,7 +60,6 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B L D"],
         rotation: tuple[Float[Array, "B L h"], Float[Array, "B L h"]],
-        mask: Bool[Array, "B L S"] | None,
         past: Past | None = None,
     ) -> tuple[Float[Array, "B L D"], Past | None]:
         """One layer.
@@ -77,9 +67,8 @@ class DecoderLayer(nnx.Module):
         Args:
           x: what goes in.
           rotation: cosines and sines of the positions.
-          mask: what each token may look at of the S slots of `past`; None: without `past`, each
-            at itself and what comes before.
-          past: what was read before; the keys and values of x go into it from `length` on.
+          past: what was read before; the keys and values of x go into it from `length` on. None:
+            each token looks at itself and what comes before it in x.
 
         Returns:
           What comes out, and `past` with x in it.
@@ -89,34 +78,17 @@ class DecoderLayer(nnx.Module):
         query = _rotate(self.q_norm(self.q_proj(normed).reshape(heads)), *rotation)
         key = _rotate(self.k_norm(self.k_proj(normed).reshape(heads)), *rotation)
         value = self.v_proj(normed).reshape(heads)
-        keys, values = key, value
-        if past is not None:
+        how = {"implementation": self.attention}
+        if past is None:
+            attended = attend(query, key, value, causal=True, mesh=self.mesh, **how)
+        else:
             # Written first and read after it: the other way round XLA copies all of the cache.
-            past = _written(past, key, value)
-            keys, values = past.keys[past.layer], past.values[past.layer]
-        attended = attend(
-            query,
-            keys,
-            values,
-            causal=mask is None,
-            mask=mask,
-            implementation=self.attention,
-            mesh=self.mesh,
-        )
+            past = written(past, key, value)
+            attended = attend_past(query, past, **how)
         x = x + self.o_proj(attended.reshape(*x.shape[:2], -1))
         normed = self.post_attention_norm(x)
         x = x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
         return x, past
-
-
-def _written(past: Past, key: Float[Array, "B L K H"], value: Float[Array, "B L K H"]) -> Past:
-    """What was read, with the keys and values of more tokens."""
-    at = (past.layer, 0, past.length, 0, 0)
-    keys, values = (
-        jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), at)
-        for stack, new in ((past.keys, key), (past.values, value))
-    )
-    return past._replace(keys=keys, values=values)
 
 
 def stack_layers(

@@ -88,8 +88,7 @@ def _adapted_layer(model: Qwen3VL, rank: int, alpha: float) -> DecoderLayer:
         jnp.zeros((1, 1, text.hidden_size), dtype),
         jnp.zeros((1, 1, text.head_dim // 2), dtype),
     )
-    mask = jnp.ones((1, 1, 1), bool)
-    return qwix.apply_lora_to_model(layer, provider, x, (angles, angles), mask, rngs=nnx.Rngs(0))
+    return qwix.apply_lora_to_model(layer, provider, x, (angles, angles), rngs=nnx.Rngs(0))
 
 
 def split_lora(model: Qwen3VL) -> LoraSplit:

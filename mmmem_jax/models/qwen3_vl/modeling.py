@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mmmem_jax.models.qwen3_vl import language
+from mmmem_jax.models.qwen3_vl.cached_attention import Past
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig
-from mmmem_jax.models.qwen3_vl.language import Past, RMSNorm
+from mmmem_jax.models.qwen3_vl.language import RMSNorm
 from mmmem_jax.models.qwen3_vl.vision import VisionTower, VisualTokens
 
 
@@ -110,13 +111,12 @@ class Qwen3VL(nnx.Module):
         if visual is not None:
             seen = visual.embeddings[jnp.maximum(tokens.visual_index, 0)].astype(x.dtype)
             x = jnp.where(tokens.visual_index[..., None] >= 0, seen, x)
-        mask, valid = (None, None) if cache is None else _mask(tokens, cache)
         rotation = language.rotation(tokens.positions, self.config.text, x.dtype)
-        x, past = self._decode(x, tokens, visual, rotation, mask, cache)
+        x, past = self._decode(x, tokens, visual, rotation, cache)
         hidden = self.norm(x)
         if cache is None:
             return jnp.take_along_axis(hidden, places[..., None], axis=1), None
-        return hidden, _extended(cache, tokens, hidden, past, valid)
+        return hidden, _extended(cache, tokens, hidden, past)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of the next token."""
@@ -124,19 +124,21 @@ class Qwen3VL(nnx.Module):
         weights = self.embed.embedding[...].T if tied else self.lm_head.kernel[...]
         return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
 
-    def _decode(self, x, tokens, visual, rotation, mask, cache):
+    def _decode(self, x, tokens, visual, rotation, cache):
         """All layers, one after the other, in one loop."""
         graphdef, params = nnx.split(self.layers)
         past = None
         if cache is not None:
-            past = Past(cache.keys, cache.values, jnp.int32(0), cache.length)
+            at = (0, cache.length)
+            valid = jax.lax.dynamic_update_slice(cache.valid, tokens.valid, at)
+            past = Past(cache.keys, cache.values, valid, jnp.int32(0), cache.length)
 
         def layer(carry, one):
             x, past = carry
             index, params = one
             if past is not None:
                 past = past._replace(layer=index)
-            x, past = nnx.merge(graphdef, params)(x, rotation, mask, past)
+            x, past = nnx.merge(graphdef, params)(x, rotation, past)
             if visual is not None:
                 x = _add_deepstack(x, tokens.visual_index, visual.deepstack, index)
             return (self._split(x), past), None
@@ -165,15 +167,6 @@ def _padding_last(tokens: Tokens) -> tuple[Tokens, Int[Array, "B L"]]:
     return jax.tree.map(moved, tokens), jnp.argsort(order, axis=1)
 
 
-def _mask(tokens: Tokens, cache: Cache):
-    """What each token may look at [B, L, S], and which slots then count [B, S]."""
-    length = tokens.ids.shape[1]
-    valid = jax.lax.dynamic_update_slice(cache.valid, tokens.valid, (0, cache.length))
-    slots = jnp.arange(valid.shape[1])
-    before = slots[None, :] <= cache.length + jnp.arange(length)[:, None]
-    return before[None] & valid[:, None, :], valid
-
-
 def _add_deepstack(x, visual_index, deepstack, layer):
     """Adds what DeepStack has for this layer to the visual tokens."""
 
@@ -185,7 +178,7 @@ def _add_deepstack(x, visual_index, deepstack, layer):
     return jax.lax.cond(layer < deepstack.shape[0], add, lambda x: x, x)
 
 
-def _extended(cache: Cache, tokens: Tokens, hidden, past: Past, valid) -> Cache:
+def _extended(cache: Cache, tokens: Tokens, hidden, past: Past) -> Cache:
     """The cache after the tokens were read."""
     length = tokens.ids.shape[1]
     newest = jnp.max(jnp.where(tokens.valid, jnp.arange(length), -1), axis=1)
@@ -194,7 +187,7 @@ def _extended(cache: Cache, tokens: Tokens, hidden, past: Past, valid) -> Cache:
     return Cache(
         keys=past.keys,
         values=past.values,
-        valid=valid,
+        valid=past.valid,
         length=cache.length + length,
         hidden=jnp.where((newest >= 0)[:, None], last, cache.hidden),
         next_position=jnp.maximum(cache.next_position, highest + 1),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mmmem_jax.errors import UserError
-from mmmem_jax.models.qwen3_vl.chat import load_chat, render
+from mmmem_jax.models.qwen3_vl.chat import load_chat, render, shorten
 from mmmem_jax.testing.qwen3_vl import SPECIAL_TOKENS, toy_tokenizer, write_tokenizer
 from tests.models.qwen3_vl.tiny_tokenizer import tiny_config
 
@@ -50,6 +50,20 @@ class TestTokenizer:
 
     def test_common_words_are_one_token(self):
         assert toy_tokenizer().encode(" the man is red").tokens == ["Ġthe", "Ġman", "Ġis", "Ġred"]
+
+
+@pytest.mark.parametrize("text", ["What is the red man?", "  naïve 空空空\n\n\tx", "it's 1234", ""])
+def test_shortened_it_is_the_longest_beginning_of_so_many_tokens(folder, text):
+    chat = load_chat(folder, tiny_config())
+    count = len(chat.tokenizer.encode(text).ids)
+    lengths = []
+    for most in range(-1, count + 2):
+        short = shorten(chat, text, most)
+        assert text.startswith(short)
+        assert len(chat.tokenizer.encode(short).ids) <= max(most, 0)
+        lengths.append(len(short))
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == lengths[-2] == len(text)
 
 
 class TestRender:
