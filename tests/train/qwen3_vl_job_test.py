@@ -132,6 +132,21 @@ def test_it_is_evaluated_beside_fixed_rules(workdir, capsys):
     assert "null" not in table[1]
 
 
+@pytest.mark.parametrize(
+    ("mesh", "shape"),
+    [
+        ((2, 1, 2), (2, 1, 2)),
+        ((2, 1, 8), (1, 1, 2)),
+        ((-1, 1, 2), (4, 1, 2)),
+        ((-1, 2, 8), (1, 1, 2)),
+    ],
+)
+def test_a_run_of_more_devices_is_evaluated_on_those_that_are_there(mesh, shape):
+    config = toy_config(**dict(zip(("mesh.data", "mesh.group", "mesh.model"), mesh, strict=True)))
+    assert len(jax.devices()) == 8
+    assert tuple(qwen3_vl_eval.make_mesh(config, TINY).shape.values()) == shape
+
+
 def test_a_mesh_of_four_devices_makes_the_same_update(workdir):
     if len(jax.devices()) < 4:
         pytest.skip("needs 4 devices")
