@@ -8,7 +8,6 @@ folder loads: all-MiniLM-L6-v2, bge-*-en-v1.5, and so on::
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.json_object import read_object
 
 _ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -237,8 +237,8 @@ def read_bert_config(folder: Path) -> BertConfig:
 
     Without a 1_Pooling/config.json the pooling is the mean, as sentence-transformers has it.
     """
-    pooling = _read_json(folder / "1_Pooling" / "config.json", default={})
-    sentence = _read_json(folder / "sentence_bert_config.json", default={})
+    pooling = _read_optional(folder / "1_Pooling" / "config.json")
+    sentence = _read_optional(folder / "sentence_bert_config.json")
     _, sizes = read_sizes(folder, "bert")
     modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -263,7 +263,7 @@ def read_sizes(folder: Path, model_type: str) -> tuple[dict[str, Any], dict[str,
       UserError: the file is missing or unreadable, or is of another model than is read.
     """
     path = _required(folder, "config.json")
-    config = _read_json(path)
+    config = read_object(path)
     if config.get("model_type") != model_type:
         raise UserError(
             f"{path} is of model_type {config.get('model_type')!r}; only {model_type!r} is read"
@@ -453,16 +453,9 @@ def _required(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_json(path: Path, default: Any = None) -> Any:
-    if default is not None and not path.is_file():
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; fetch it again")
-    return value
+def _read_optional(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file."""
+    return read_object(path) if path.is_file() else {}
 
 
 def _cache_key(texts: Sequence[str], folder: Path) -> str:

@@ -297,12 +297,7 @@ def answer(
         there is one only.
     """
     check(question, options)
-    seconds, started = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal started
-        now = time.perf_counter()
-        seconds[name], started = now - started, now
+    seconds, lap = stopwatch()
 
     wanted = embed(loaded.space, question, options)
     lap("embed")
@@ -326,6 +321,18 @@ def answer(
         answered = answered._replace(text=text)
         lap("word")
     return answered._replace(seconds=seconds)
+
+
+def stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
+    """Seconds by name, and what adds those since the last call, or since now, under a name."""
+    seconds, started = {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[name], started = now - started, now
+
+    return seconds, lap
 
 
 def threshold(num_slots: int, found_at: float = FOUND_AT) -> float:

@@ -10,7 +10,6 @@ model's yes. What is left is read in the order of `retrieval.top_down`.
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -172,12 +171,7 @@ def answer(
       UserError: as ask.check and reading.drill_down do.
     """
     _check(question, options)
-    seconds, started = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal started
-        now = time.perf_counter()
-        seconds[name], started = now - started, now
+    seconds, lap = asking.stopwatch()
 
     wanted = asking.embed(loaded.space, question, options)
     lap("embed")

@@ -12,8 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.json_object import read_object
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig
-from mmmem_jax.models.qwen3_vl.images import read_json
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -136,7 +136,7 @@ def _load_template(folder: Path) -> jinja2.Template:
         path = folder / "chat_template.json"
         if not path.is_file():
             path = folder / "tokenizer_config.json"
-        source = read_json(path).get("chat_template")
+        source = read_object(path).get("chat_template")
     if not isinstance(source, str):
         raise UserError(
             f"{folder} has no chat template in chat_template.jinja, chat_template.json or"

@@ -1,13 +1,13 @@
 """Sizes of a Qwen3-VL, read from the config.json of an official folder, or by name."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.json_object import read_object
 
 MODEL_TYPE = "qwen3_vl"
 
@@ -113,11 +113,8 @@ def read_config(folder: str | Path) -> Qwen3VLConfig:
             f"{folder} has no config.json; a Qwen3-VL folder holds config.json, tokenizer.json and"
             " *.safetensors"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
-    kind = found.get("model_type") if isinstance(found, dict) else None
+    found = read_object(path)
+    kind = found.get("model_type")
     if kind != MODEL_TYPE:
         raise UserError(f"{path} is of model_type {kind!r}; only {MODEL_TYPE!r} (dense) is read")
     try:

@@ -8,7 +8,6 @@ order too, with weights of 15 bits in place of Pillow's 22, so a resized picture
 its by up to 2 of 255 in about one value of a hundred; a picture of fitting size does not differ.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.json_object import read_object
 
 IMAGE_FILE = "preprocessor_config.json"
 _MAX_ASPECT = 200
@@ -65,20 +65,7 @@ def read_image_config(folder: str | Path) -> PixelConfig:
       UserError: if it is missing, no JSON, incomplete, or asks for another preprocessing.
     """
     path = Path(folder) / IMAGE_FILE
-    return pixel_config(read_json(path), path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; UserError if there is none."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}; take it from the model's folder")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object; fetch it again")
-    return found
+    return pixel_config(read_object(path), path)
 
 
 def pixel_config(found: dict[str, Any], path: Path) -> PixelConfig:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from mmmem_jax.errors import UserError
+from mmmem_jax.models.json_object import read_object
 from mmmem_jax.models.qwen3_vl.images import (
     PixelConfig,
     Visual,
@@ -19,7 +20,6 @@ from mmmem_jax.models.qwen3_vl.images import (
     fit_budget,
     frame_pixels,
     pixel_config,
-    read_json,
     resize,
 )
 
@@ -46,7 +46,7 @@ def read_video_config(folder: str | Path) -> VideoConfig:
       UserError: if it is missing, no JSON, incomplete, or asks for another preprocessing.
     """
     path = Path(folder) / VIDEO_FILE
-    found = read_json(path)
+    found = read_object(path)
     own = {name: found[name] for name in ("fps", "min_frames", "max_frames") if name in found}
     if found.get("cap_pixels_per_frame"):
         own["max_frame_tokens"] = found.get("max_video_tokens", 768)

@@ -49,13 +49,14 @@ def test_a_folder_without_config(tmp_path):
         read_config(tmp_path)
 
 
-def test_broken_json(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
+def test_broken_json(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=said):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{"model_type": "qwen3_vl_moe"}, {"model_type": "llama"}, []])
+@pytest.mark.parametrize("content", [{"model_type": "qwen3_vl_moe"}, {"model_type": "llama"}])
 def test_another_architecture_names_itself(content, write):
     with pytest.raises(UserError, match="only 'qwen3_vl' \\(dense\\) is read"):
         read_config(write(content))
