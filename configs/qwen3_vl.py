@@ -37,6 +37,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.memory = ml_collections.ConfigDict({"num_nodes": 16, "max_tokens": 64})
     config.mesh = ml_collections.ConfigDict({"data": 1, "group": 1, "model": 1})
+    # Splits parameters over mesh.data too, and gathers them layer by layer, clip by clip; False
+    # where a device has room for what mesh.model alone leaves of them.
+    config.fsdp = True
     config.lora = ml_collections.ConfigDict({"rank": 64, "alpha": 128.0})
 
     # decide_v1 is what `mmmem build` decides by. With max_new_tokens = 1 the model decides and

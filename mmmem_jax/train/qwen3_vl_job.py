@@ -30,7 +30,7 @@ from mmmem_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, read_config
 from mmmem_jax.models.qwen3_vl.images import read_image_config
 from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL
 from mmmem_jax.models.qwen3_vl.params import load_model, resolve
-from mmmem_jax.models.qwen3_vl.rules import RULES
+from mmmem_jax.models.qwen3_vl.rules import RULES, without_fsdp
 from mmmem_jax.sib import token_prompts, token_readers
 from mmmem_jax.sib.advantages import STDS
 from mmmem_jax.sib.losses import RATIOS
@@ -182,6 +182,11 @@ def _known_words(config: ConfigDict) -> list[str]:
     return sorted({*worlds.WORDS[1:], "seen", *told} - {""})
 
 
+def rules_of(config: ConfigDict) -> sharding.Rules:
+    """How parameters are split over the mesh."""
+    return RULES if config.fsdp else without_fsdp()
+
+
 def load_setup(config: ConfigDict, mesh: Mesh, folder: Path) -> Setup:
     """The model of a folder on the mesh, its adapter new.
 
@@ -196,6 +201,7 @@ def load_setup(config: ConfigDict, mesh: Mesh, folder: Path) -> Setup:
         mesh=mesh,
         attention=config.attention,
         remat=True,
+        rules=rules_of(config),
     )
     split = lora.split_lora(_with_lora(config, model))
     wording = token_prompts.load_wording(chat, config.decide.prompt)
@@ -284,7 +290,7 @@ def manager_program(config: ConfigDict, mesh: Mesh, setup: Setup) -> Callable:
         TokenSibConfig(**config.sib),
         shard=sharding.make_shard(mesh),
     )
-    return sharding.keep_placed(mesh, update, RULES)
+    return sharding.keep_placed(mesh, update, rules_of(config))
 
 
 def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
@@ -309,7 +315,7 @@ def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
         dtype=jnp.dtype(config.dtype),
     )
     update = manager_program(config, mesh, setup)
-    return Program(mesh, state, update, batch, frozen=(setup.base,), rules=RULES)
+    return Program(mesh, state, update, batch, frozen=(setup.base,), rules=rules_of(config))
 
 
 def _fit(
@@ -329,7 +335,7 @@ def _fit(
     )
     return fit(
         phase,
-        sharding.place(mesh, state, RULES),
+        sharding.place(mesh, state, rules_of(config)),
         update,
         loader,
         workdir=workdir,
@@ -356,7 +362,7 @@ def train(
             clips_at_once=config.sib.clips_at_once,
         )
         shown = _fit_config(config.sft, shown=("loss", "policy_entropy"), best="-loss")
-        update = sharding.keep_placed(mesh, update, RULES)
+        update = sharding.keep_placed(mesh, update, rules_of(config))
         adapter = one_phase("sft", _init(config, config.sft, adapter), update, shown).params
     shown = _fit_config(
         config.manager,
@@ -379,7 +385,8 @@ def load_adapter(
     Raises:
       UserError: if there is no such checkpoint.
     """
-    start = sharding.place(mesh, _init(config, config.manager, setup.adapter), RULES)
+    start = _init(config, config.manager, setup.adapter)
+    start = sharding.place(mesh, start, rules_of(config))
     state, step = checkpoints.load_phase(workdir, "manager", start, step)
     return state.params, step
 

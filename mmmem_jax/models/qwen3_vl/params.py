@@ -28,7 +28,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, read_config, to_json
 from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL
 from mmmem_jax.models.qwen3_vl.rules import RULES
-from mmmem_jax.train.sharding import by_rules
+from mmmem_jax.train.sharding import Rules, by_rules
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -96,8 +96,9 @@ def load_model(
     mesh: Mesh | None = None,
     attention: str = "xla",
     remat: bool = False,
+    rules: Rules = RULES,
 ) -> Qwen3VL:
-    """The model of an official folder, on the mesh as RULES have it, or on the first device.
+    """The model of an official folder, on the mesh as the rules have it, or on the first device.
 
     Raises:
       UserError: as `read_config`, `load_params` and `by_rules` do.
@@ -109,7 +110,7 @@ def load_model(
         )
     )
     graphdef, state = nnx.split(abstract)
-    shardings = None if mesh is None else by_rules(mesh, state, RULES)
+    shardings = None if mesh is None else by_rules(mesh, state, rules)
     return nnx.merge(graphdef, load_params(folder, state, shardings=shardings))
 
 

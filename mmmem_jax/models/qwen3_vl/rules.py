@@ -4,6 +4,8 @@ FSDP over 'data' times tensor parallelism over 'model': what goes into heads and
 split by its outputs over 'model', what comes out of them by its inputs, so that a half-layer needs
 one sum over 'model'; the other side is split over 'data' and gathered where it is used. Stacked
 parameters keep their leading axis of layers whole, as the loop over layers indexes it.
+
+Where a device has room for what `model` alone splits, `without_fsdp` gathers nothing over 'data'.
 """
 
 from jax.sharding import PartitionSpec
@@ -32,3 +34,11 @@ RULES: Rules = (
     (r"\b(proj|fc2|patch_embed)\.bias$", PartitionSpec()),
     (r"\b(rng|step|count)$", PartitionSpec()),
 )
+
+
+def without_fsdp(rules: Rules = RULES) -> Rules:
+    """The same rules, with nothing split over 'data'."""
+    return tuple(
+        (pattern, PartitionSpec(*(None if axis == "data" else axis for axis in spec)))
+        for pattern, spec in rules
+    )

@@ -16,7 +16,7 @@ from mmmem_jax.models.qwen3_vl.config import SIZES
 from mmmem_jax.models.qwen3_vl.lora import add_lora, join, split_lora
 from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL, Tokens
 from mmmem_jax.models.qwen3_vl.params import load_model
-from mmmem_jax.models.qwen3_vl.rules import RULES
+from mmmem_jax.models.qwen3_vl.rules import RULES, without_fsdp
 from mmmem_jax.models.qwen3_vl.vision import visual_inputs
 from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
 from mmmem_jax.train import sharding
@@ -49,6 +49,20 @@ def test_published_sizes_are_split_evenly(size):
     whole = jax.tree.map(lambda x: math.prod(x.shape), shapes)
     total = sum(jax.tree.leaves(whole))
     assert total / 16 <= sum(jax.tree.leaves(held)) < 1.03 * total / 16
+
+
+def test_without_fsdp_the_model_axis_splits_as_before():
+    mesh, shapes = make_mesh(2, 2, 2), shapes_of(TINY)
+    whole, split = by_rules(mesh, shapes, RULES), by_rules(mesh, shapes, without_fsdp())
+
+    def axes(tree):
+        return {name: [axis or "" for axis in s.spec] for name, s in by_name(tree).items()}
+
+    for name, found in axes(split).items():
+        wanted = ["" if axis == "data" else axis for axis in axes(whole)[name]]
+        assert found == wanted
+    assert "data" in str(axes(whole))
+    assert "model" in str(axes(split))
 
 
 def test_what_comes_out_of_heads_and_units_is_split_the_other_way():
