@@ -192,6 +192,15 @@ class TestPage:
             assert text in page.text
         assert "Not held: 3 clips discarded, 0 clips forgotten" in page.text
 
+    def test_an_episode_tells_what_was_written_of_it_last_and_a_clip_what_failed(self):
+        traces = [f"{HOSTILE} until clip {i}" for i in range(4)]
+        clips = [_clip(i, trace=trace) for i, trace in enumerate(traces)]
+        clips[2] = clips[2]._replace(failed=("caption", "trace"))
+        page = _Page(report.page([_view()._replace(clips=clips)], []))
+        shown = [trace.replace("\udcff", "?") in page.text for trace in traces]
+        assert shown == [False, False, False, True]
+        assert page.text.count("(failed: caption, trace)") == 1
+
     def test_every_link_and_picture_is_on_the_page(self, two_videos):
         page = _Page(two_videos)
         ids = {a["id"] for _, a in page.tags if "id" in a}

@@ -154,6 +154,7 @@ def _sensory(drawn: Drawn, pictures: Pictures) -> list[dict]:
                 "labels": [(shorten(name, MAX_NAME), float(p)) for name, p in clip.labels[:4]],
                 "pictures": pictures.all(drawn.number, clip),
                 "action": ACTIONS.get(clip.action, "kept"),
+                "failed": [shorten(name, MAX_NAME) for name in clip.failed],
                 "links": [drawn.episode_link(clip.node_id)],
                 "entities": [
                     drawn.entity_link(slot if slot in held else -1, name)
@@ -165,7 +166,7 @@ def _sensory(drawn: Drawn, pictures: Pictures) -> list[dict]:
 
 
 def _episodic(drawn: Drawn, pictures: Pictures) -> list[dict]:
-    """The episodes: what they hold, with captions and key frames of their clips."""
+    """The episodes: what the manager wrote of them last, captions and key frames of their clips."""
     clips, grounded = defaultdict(list), defaultdict(list)
     for clip in drawn.clips:
         clips[clip.node_id].append(clip)
@@ -182,7 +183,10 @@ def _episodic(drawn: Drawn, pictures: Pictures) -> list[dict]:
             "pictures": [
                 t for c in sample(clips[node_id], 4) if (t := pictures.of(drawn.number, c))
             ],
-            "captions": [shorten(c.caption, MAX_TEXT // 2) for c in sample(clips[node_id], 3)],
+            "captions": [
+                *[shorten(c.trace) for c in clips[node_id] if c.trace][-1:],
+                *[shorten(c.caption, MAX_TEXT // 2) for c in sample(clips[node_id], 3)],
+            ],
             "links": [drawn.clip_link(c) for c in sample(clips[node_id], MAX_LINKS)],
             "entities": [drawn.entity_link(e.slot, e.name) for e in grounded[node_id][:MAX_LINKS]],
         }
