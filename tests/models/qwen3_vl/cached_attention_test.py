@@ -1,16 +1,20 @@
 """Reading and writing through a cache in blocks, against one dense product."""
 
+import importlib.util
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from mmmem_jax.models.qwen3_vl import cached_attention, generate
 from mmmem_jax.models.qwen3_vl.cached_attention import Past, attend_past, written
-from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL, init_cache
+from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL, Tokens, init_cache
 from mmmem_jax.testing.qwen3_vl import TINY
 
 
@@ -109,3 +113,33 @@ def test_writing_copies_none_of_the_cache(slots, monkeypatch):
     shape = ",".join(map(str, cache.keys.shape))
     assert re.search(rf"f32\[{shape}\]\S* dynamic-update-slice", program.as_text())
     assert not re.search(rf"f32\[{shape}\]\S* copy\(", program.as_text())
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'mmmem_jax[aot]'",
+)
+def test_a_tpu_reads_a_chunk_in_blocks_and_in_place(monkeypatch):
+    """No scores of a whole chunk with all slots, and no second cache."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # of no metadata server
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU that another may hold
+    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    slots, length = 8192, 1024
+    model = partial(Qwen3VL, TINY, dtype=jnp.bfloat16, attention="splash")
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0))))
+    ids = jnp.zeros((1, length), jnp.int32)
+    tokens = Tokens(ids, jnp.repeat(ids[..., None], 3, -1), ids == 0, ids - 1)
+    cache = jax.eval_shape(lambda: init_cache(TINY.text, 1, slots, jnp.bfloat16))
+    params, tokens, cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+        (params, tokens, cache),
+    )
+
+    @partial(jax.jit, donate_argnums=2)
+    def read(params, tokens, cache):
+        return nnx.merge(graphdef, params)(tokens, None, cache)[1]
+
+    program = read.lower(params, tokens, cache).compile()
+    assert not re.search(rf"\[(\d+,)*{length},{slots}[,\]]", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < cache.keys.size * 2
