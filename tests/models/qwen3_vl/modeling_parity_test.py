@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmmem_jax.models.qwen3_vl import cached_attention
 from mmmem_jax.models.qwen3_vl.chat import load_chat
 from mmmem_jax.models.qwen3_vl.generate import decode, prefill
 from mmmem_jax.models.qwen3_vl.images import read_image_config
@@ -230,11 +231,19 @@ def test_hidden_states_after_the_layers_that_deepstack_is_added_to(
     assert max(errors.values()) < TOLERANCE
 
 
+@pytest.fixture(params=[512, 48])
+def slots(request, monkeypatch):
+    """Of a cache that is looked at whole, and of another in blocks; each has its own programs."""
+    monkeypatch.setattr(cached_attention, "SLOT_BLOCK", request.param)
+    monkeypatch.setattr(cached_attention, "QUERY_BLOCK", 32)
+    return LENGTH + 8 + (request.param < LENGTH)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_two_pieces_through_the_cache(side, split, asking, wanted):
+def test_two_pieces_through_the_cache(side, slots, split, asking, wanted):
     tokens = padded(asking, side)
     visual, _, _ = forward(*split, tokens, asking.visual)
-    cache = init_cache(TINY.text, len(asking.asked), LENGTH + 16, jnp.float32)
+    cache = init_cache(TINY.text, len(asking.asked), slots, jnp.float32)
     pieces = []
     for span in (slice(0, LENGTH // 2), slice(LENGTH // 2, LENGTH)):
         logits, cache = read(
@@ -251,11 +260,11 @@ def test_two_pieces_through_the_cache(side, split, asking, wanted):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_tokens_written_and_how_likely_they_were(side, split, reference, asking):
+def test_tokens_written_and_how_likely_they_were(side, slots, split, reference, asking):
     """All conversations in one batch through the cache, against one after the other there."""
     tokens, count = padded(asking, side), 8
     visual, _, _ = forward(*split, tokens, asking.visual)
-    cache = init_cache(TINY.text, len(asking.asked), LENGTH + count, jnp.float32)
+    cache = init_cache(TINY.text, len(asking.asked), slots, jnp.float32)
     cache = prefill(*split, tokens, visual, cache, chunk=LENGTH // 2)
     out, _ = decode(
         *split, jax.random.key(0), cache, max_new_tokens=count, stop_ids=(TINY.video_token_id,)
