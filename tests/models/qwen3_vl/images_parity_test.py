@@ -56,8 +56,9 @@ def test_sizes(config, height, width):
     )
 
 
-@pytest.mark.parametrize("size", [(64, 96), (32, 32), (128, 64)])
-def test_fitting_pictures_are_equal(processor, config, size):
+@pytest.mark.parametrize("size", [(64, 96), (32, 32), (128, 64), (97, 131), (480, 640), (20, 30)])
+def test_pictures_are_equal(processor, config, size):
+    """To those of the public processor that resizes by Pillow, to the last bit of a colour."""
     theirs = processor([picture(*size)])
     ours = image_visual(picture(*size), config).pixels
     assert [list(ours.grid)] == np.asarray(theirs["image_grid_thw"]).tolist()
@@ -65,7 +66,7 @@ def test_fitting_pictures_are_equal(processor, config, size):
 
 
 @pytest.mark.parametrize("size", [(40, 50), (300, 200), (97, 131), (480, 640), (20, 30), (70, 64)])
-def test_resized_pictures_are_close(config, size):
+def test_resized_pictures_are_close_to_those_of_torchvision(config, size):
     """On noise, the hardest there is: what is smooth differs less."""
     image = picture(*size)
     target = smart_resize(*size, config)
