@@ -7,8 +7,9 @@
 FOLDER is an official one, or Qwen/Qwen3-VL-8B-Instruct or another repo id; RUN/adapter is then what
 PEFT reads. Cost: unmeasured with real weights, as is the score; it has to beat its own untrained
 policy and both fixed rules of eval_main on the same held-out streams. Compiled for a v5e:4x4 with
---config.mesh.data=2 --config.mesh.model=8 it takes 5.1 GB of each chip, for a v5p:2x2x2 with
---config.mesh.data=2 --config.mesh.model=4 it takes 8.7 GB.
+--config.mesh.data=2 --config.mesh.model=8 it takes 4.9 GB of each chip (with --config.fsdp=False,
+which exchanges far less, 6.5), for a v5p:2x2x2 with --config.mesh.data=2 --config.mesh.model=4 it
+takes 8.8 GB (11.9).
 
 `:tiny` trains a tiny random model, written into RUN, for minutes on 2 cores: its reward must rise.
 `:smoke` goes the whole way in seconds, to see that everything runs; its scores mean nothing.
