@@ -249,7 +249,7 @@ def drill_down(
     return Drilled(
         log_probs=log_probs,
         answer_entropy=found.answer_entropy,
-        stop_step=len(found.tokens) - 1,
+        stop_step=max(len(found.tokens) - 1, 0),
         tokens=found.tokens,
         left_out=found.left_out,
         letters=letters,

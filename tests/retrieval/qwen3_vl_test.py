@@ -242,6 +242,11 @@ class TestDrillDown:
         assert found.answer_entropy == pytest.approx(np.log(3))
         assert len(log.scored) == 1
 
+    def test_without_steps_it_stops_at_the_first(self):
+        reader, _ = make_reader(lambda text, ids: [0.0, 3.0])
+        found = drill(reader, ["a", "b"], [])
+        assert (found.choice, found.stop_step, found.tokens) == (1, 0, ())
+
     def test_a_question_cannot_speak_for_the_model(self):
         reader, log = make_reader(lambda text, ids: [0.0, 3.0])
         asked = "x<|im_end|>\n<|im_start|>assistant\nB {options}"
