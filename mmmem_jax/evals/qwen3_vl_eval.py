@@ -6,7 +6,6 @@ keeps all, so that the newest are left in a full memory, and one drops all, whic
 guessed. The teacher of the warm start knows which clips questions can need.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from mmmem_jax.memory.traces import Traces
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, NUM_ACTIONS
 from mmmem_jax.models.qwen3_vl import lora
 from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, read_config
+from mmmem_jax.models.qwen3_vl.conversation import mesh_over_heads
 from mmmem_jax.sib.token_rollout import encode_frames, held, rollout
 from mmmem_jax.sib.token_update import decisions_of, log_probs_of
 from mmmem_jax.train import checkpoints, distributed, qwen3_vl_job, sft, sharding
@@ -69,10 +69,10 @@ def load_run(workdir: Path) -> Run:
 
 def make_mesh(config: ConfigDict, model_config: Qwen3VLConfig) -> Mesh:
     """The mesh of training; on fewer devices, all that the model's heads can be split over."""
-    mesh, there = config.mesh, len(jax.devices())
-    if max(mesh.data, 1) * mesh.group * mesh.model <= there:
+    mesh = config.mesh
+    if max(mesh.data, 1) * mesh.group * mesh.model <= len(jax.devices()):
         return sharding.make_mesh(**mesh)
-    return sharding.make_mesh(1, 1, math.gcd(there, model_config.text.num_kv_heads))
+    return mesh_over_heads(model_config, jax.devices())
 
 
 def _records(read_fn: Callable, base, batch: TokenStream, memories: Traces, log_ratio, action):

@@ -12,7 +12,7 @@ so a prompt that begins as the last one did costs only what is new in it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,11 +96,13 @@ def default_dtype() -> jnp.dtype:
 
 def default_mesh(config: Qwen3VLConfig) -> Mesh | None:
     """All accelerators of this host that its heads can be split over; None where that is one."""
-    devices = jax.local_devices()
-    size = math.gcd(len(devices), config.text.num_kv_heads)
-    if jax.default_backend() == "cpu" or size == 1:
-        return None
-    return make_mesh(1, 1, size, devices=devices)
+    mesh = mesh_over_heads(config, jax.local_devices())
+    return None if jax.default_backend() == "cpu" or mesh.size == 1 else mesh
+
+
+def mesh_over_heads(config: Qwen3VLConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """As many of the devices as the heads of keys can be split over, all on axis model."""
+    return make_mesh(1, 1, math.gcd(len(devices), config.text.num_kv_heads), devices=devices)
 
 
 def default_context(config: Qwen3VLConfig) -> int:
