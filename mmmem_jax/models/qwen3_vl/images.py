@@ -2,10 +2,6 @@
 
 Sources: Qwen2-VL (arXiv 2409.12191), whose resizing and patch order Qwen3-VL keeps, and the
 preprocessor_config.json of the published folders.
-
-Resizing is Pillow's bicubic filter, rows before columns. The public fast processor filters in that
-order too, with weights of 15 bits in place of Pillow's 22, so a resized picture may differ from
-its by up to 2 of 255 in about one value of a hundred; a picture of fitting size does not differ.
 """
 
 import math
@@ -16,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from mmmem_jax.errors import UserError
 from mmmem_jax.models.json_object import read_object
+from mmmem_jax.models.qwen3_vl.resizing import resize
 
 IMAGE_FILE = "preprocessor_config.json"
 _MAX_ASPECT = 200
@@ -181,16 +177,6 @@ def fit_budget(
             math.ceil(width * scale / factor) * factor,
         )
     return rounded
-
-
-def resize(
-    image: UInt8[np.ndarray, "H W 3"], height: int, width: int
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Resizes with an antialiased bicubic filter, along rows and then along columns."""
-    # Pillow picks the order by cost when it is given both; it rounds in between, so order matters.
-    picture = Image.fromarray(image)
-    picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def normalise(patches: UInt8[np.ndarray, "P D"], config: PixelConfig) -> Float[np.ndarray, "P D"]:

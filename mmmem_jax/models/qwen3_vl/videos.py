@@ -20,8 +20,8 @@ from mmmem_jax.models.qwen3_vl.images import (
     fit_budget,
     frame_pixels,
     pixel_config,
-    resize,
 )
+from mmmem_jax.models.qwen3_vl.resizing import resize
 
 VIDEO_FILE = "video_preprocessor_config.json"
 

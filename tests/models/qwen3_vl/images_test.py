@@ -15,7 +15,6 @@ from mmmem_jax.models.qwen3_vl.images import (
     normalise,
     patchify,
     read_image_config,
-    resize,
     smart_resize,
 )
 from mmmem_jax.testing.qwen3_vl import write_tokenizer
@@ -114,12 +113,6 @@ class TestImageVisual:
         expected = np.array([[1, 1, 0], [0, -1, -4]]).repeat(2, 1)
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
         assert values.dtype == np.float32
-
-    def test_plain_colour_survives_resizing(self):
-        plain = np.full((50, 70, 3), (10, 200, 255), np.uint8)
-        np.testing.assert_array_equal(
-            resize(plain, 96, 32), np.broadcast_to(plain[0, 0], (96, 32, 3))
-        )
 
     @pytest.mark.parametrize(
         ("image", "message"),
