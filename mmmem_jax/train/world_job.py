@@ -243,7 +243,7 @@ def train_reader(
     mesh = sharding.make_mesh(**config.mesh)
     split = distributed.split_batch(mesh, section.batch_size)
     start = state.init_state(params, optimizer, _phase_key(config, "reader"))
-    shown = ("loss", "accuracy", "accuracy_unlimited")
+    shown = ("loss", "accuracy", *["accuracy_unlimited"] * (section.num_unlimited > 0))
     final = fit(
         "reader",
         sharding.replicate(mesh, start),

@@ -153,12 +153,14 @@ def test_the_default_configs_pass(config):
 
 
 def test_lives_of_one_chunk_are_trained_on(tmp_path):
-    """Nothing can be asked of them, and they fill no credit unit."""
-    options = [*TINY_CONFIG, "--config.world.num_chunks=1", f"--workdir={tmp_path}"]
+    """Nothing can be asked of them, and they fill no credit unit; none is read unlimited."""
+    options = [*TINY_CONFIG, "--config.world.num_chunks=1", "--config.reader.num_unlimited=0"]
+    options.append(f"--workdir={tmp_path}")
     done = run_module("mmmem_jax.main", *options)  # where perception is compiled already
     assert done.returncode == 0, done.stderr
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[-1]["phase"] == "manager"
+    assert not any("accuracy_unlimited" in row for row in rows)
     assert all(np.isfinite(value) for row in rows for k, value in row.items() if k != "phase")
     config = ml_collections.ConfigDict(checkpoints.read_config(tmp_path))
     reader = world_job.load_reader(tmp_path, world_job.make_models(config).reader)
