@@ -257,7 +257,8 @@ def test_stops_are_shares_of_the_streams_asked(confidence, stops):
     batch = make_batch(0)._replace(question_valid=np.arange(B)[:, None] > [0, 1])
     task = reader_task(graphdef, params, "log_prob", CONFIG, retrieval)(batch)
     held = toys.random_memory(0, CONFIG, num_chunks=8)
-    final = task.final(jax.tree.map(lambda x: jnp.broadcast_to(x, (B, 1, *x.shape)), held))
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, 1, *x.shape)), held)
+    final = jax.jit(task.final)(states)  # op by op, each would be compiled by itself
     found = [float(final[f"stop_{level}"]) for level in LEVELS]
     assert found == pytest.approx(stops)
 

@@ -79,11 +79,15 @@ def test_a_question_reads_the_search_to_its_depth_or_the_best_slots():
     questions = QuestionBatch(query, options, *[jnp.zeros(3, jnp.int32)] * 3, jnp.ones(3, bool))
     model, retrieval = Reader(8, rngs=nnx.Rngs(0)), RetrievalConfig()
     depth, flat = jnp.array([0, 3, 3]), jnp.array([0, 0, 5])
-    found = reader_phase._answer(model, state, questions, depth, flat, retrieval)
+    answer = jax.jit(lambda *asked: reader_phase._answer(model, *asked, retrieval))
+    found = answer(state, questions, depth, flat)
 
     searched = search(state, query, options, retrieval)[0] <= depth[:, None]
     best = best_slots(state, query, options, 5)
     assert np.any(best[2] != searched[2])
     evidence = jnp.where(flat[:, None] > 0, best, searched)
-    wanted = model.answer(project(state), model.ask(query, options), evidence)
+    whole = jax.jit(
+        lambda state, seen: model.answer(project(state), model.ask(query, options), seen)
+    )
+    wanted = whole(state, evidence)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
