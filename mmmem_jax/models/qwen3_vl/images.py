@@ -18,6 +18,7 @@ from mmmem_jax.models.json_object import read_object
 from mmmem_jax.models.qwen3_vl.resizing import resize
 
 IMAGE_FILE = "preprocessor_config.json"
+_JOINT_FILE = "processor_config.json"
 _MAX_ASPECT = 200
 
 
@@ -55,13 +56,30 @@ class Visual(NamedTuple):
 
 
 def read_image_config(folder: str | Path) -> PixelConfig:
-    """Reads preprocessor_config.json of a model folder.
+    """Reads how a model folder wants pictures; see read_processor.
 
     Raises:
       UserError: if it is missing, no JSON, incomplete, or asks for another preprocessing.
     """
-    path = Path(folder) / IMAGE_FILE
-    return pixel_config(read_object(path), path)
+    return pixel_config(*read_processor(folder, "image_processor", IMAGE_FILE))
+
+
+def read_processor(folder: str | Path, section: str, file: str) -> tuple[dict[str, Any], Path]:
+    """The fields of a processor of a model folder, and the path they stand in.
+
+    The published folders have a file for each; since its version 5 transformers saves sections of
+    processor_config.json, which come first here as there.
+
+    Raises:
+      UserError: if neither is there, or what is there is no JSON object.
+    """
+    joint = Path(folder) / _JOINT_FILE
+    found = read_object(joint).get(section) if joint.is_file() else None
+    if found is None:
+        return read_object(Path(folder) / file), Path(folder) / file
+    if not isinstance(found, dict):
+        raise UserError(f"{joint} has {section} {found!r}; it must be an object")
+    return found, joint
 
 
 def pixel_config(found: dict[str, Any], path: Path) -> PixelConfig:

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from mmmem_jax.errors import UserError
-from mmmem_jax.models.json_object import read_object
 from mmmem_jax.models.qwen3_vl.images import (
     PixelConfig,
     Visual,
@@ -20,6 +19,7 @@ from mmmem_jax.models.qwen3_vl.images import (
     fit_budget,
     frame_pixels,
     pixel_config,
+    read_processor,
 )
 from mmmem_jax.models.qwen3_vl.resizing import resize
 
@@ -38,15 +38,14 @@ class VideoConfig:
 
 
 def read_video_config(folder: str | Path) -> VideoConfig:
-    """Reads video_preprocessor_config.json of a model folder.
+    """Reads how a model folder wants videos; see images.read_processor.
 
     The published files leave out fps, min_frames and max_frames where they are VideoConfig's.
 
     Raises:
       UserError: if it is missing, no JSON, incomplete, or asks for another preprocessing.
     """
-    path = Path(folder) / VIDEO_FILE
-    found = read_object(path)
+    found, path = read_processor(folder, "video_processor", VIDEO_FILE)
     own = {name: found[name] for name in ("fps", "min_frames", "max_frames") if name in found}
     if found.get("cap_pixels_per_frame"):
         own["max_frame_tokens"] = found.get("max_video_tokens", 768)

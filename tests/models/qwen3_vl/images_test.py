@@ -1,6 +1,7 @@
 """Sizes, patch order and refusals of pictures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,20 @@ class TestReadImageConfig:
         path = tmp_path / "preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(UserError, match=message):
+            read_image_config(tmp_path)
+
+    def test_one_file_for_all(self, tmp_path):
+        """It comes first, as in transformers; the older kind says nothing of pictures."""
+        write_tokenizer(tmp_path)
+        joint = tmp_path / "processor_config.json"
+        joint.write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+        older = read_image_config(tmp_path)
+        fields = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        fields["size"]["longest_edge"] = 4096
+        joint.write_text(json.dumps({"image_processor": fields}))
+        assert read_image_config(tmp_path) == replace(older, max_pixels=4096)
+        joint.write_text(json.dumps({"image_processor": 3}))
+        with pytest.raises(UserError, match="has image_processor 3"):
             read_image_config(tmp_path)
 
     def test_no_file(self, tmp_path):

@@ -187,3 +187,15 @@ def test_times_are_written_alike(processor, encode):
     written = chat.tokenizer.decode(prompt.ids, skip_special_tokens=False)
     assert written == processor.tokenizer.decode(theirs["input_ids"][0])
     assert "<0.2 seconds><|vision_start|><|video_pad|>" in written
+
+
+def test_a_folder_that_transformers_saved(processor, folder, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    assert read_image_config(tmp_path) == read_image_config(folder)
+    assert read_video_config(tmp_path) == read_video_config(folder)
+    messages, config = conversation([[text("What is it?")]]), tiny_config()
+    ours = encode_messages(load_chat(tmp_path, config), messages, [])
+    np.testing.assert_array_equal(
+        ours.ids, encode_messages(load_chat(folder, config), messages, []).ids
+    )

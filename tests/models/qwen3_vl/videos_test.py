@@ -146,6 +146,13 @@ class TestReadVideoConfig:
         config = read_video_config(change(cap_pixels_per_frame=True, max_video_tokens=9))
         assert config.max_frame_tokens == 9
 
+    def test_one_file_for_all(self, change):
+        folder = change()
+        fields = json.loads((folder / "video_preprocessor_config.json").read_text())
+        joint = json.dumps({"image_processor": {}, "video_processor": fields | {"fps": 3}})
+        (folder / "processor_config.json").write_text(joint)
+        assert read_video_config(folder) == replace(CONFIG, fps=3)
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [({"fps": 0}, "has fps 0"), ({"max_frames": "9"}, "has max_frames '9'")],
