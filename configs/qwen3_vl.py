@@ -1,8 +1,16 @@
-"""SIB-GRPO of Qwen3-VL with LoRA: the paper's own backbone learns what to keep of the world.
+"""SIB-GRPO of Qwen3-VL with LoRA: the paper's own backbone learns what to keep.
 
     python -m mmmem_jax.main --config=configs/qwen3_vl.py --config.checkpoint=FOLDER --workdir=RUN
     python -m mmmem_jax.eval_main --workdir=RUN
     python -m mmmem_jax.main --compile_only --topology=v5e:4x4 --config=configs/qwen3_vl.py
+
+The streams are those of the world, or with `:videos` your own, as `mmmem build` keeps them:
+
+    mmmem build A.mp4 --memory MEM --backbone qwen3_vl --policy keep_recent --slots 4096 ...
+    python -m mmmem_jax.main --config=configs/qwen3_vl.py:videos --config.videos.memory_dir=MEM \
+        --config.videos.questions=qa.jsonl --config.checkpoint=FOLDER --workdir=RUN
+
+qa.jsonl is that of mmmem_jax/data/timed_text.py; a fifth of the videos is held out.
 
 FOLDER is an official one, or Qwen/Qwen3-VL-8B-Instruct or another repo id; RUN/adapter is then what
 PEFT reads. Cost: unmeasured with real weights, as is the score; it has to beat its own untrained
@@ -19,9 +27,9 @@ import ml_collections
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The default configuration, or a toy one for `arg` = "tiny" or "smoke"."""
-    if arg not in ("", "tiny", "smoke"):
-        raise ValueError(f"argument must be empty, 'tiny' or 'smoke', got {arg!r}")
+    """The default configuration, that for videos, or a toy one for `arg` = "tiny" or "smoke"."""
+    if arg not in ("", "videos", "tiny", "smoke"):
+        raise ValueError(f"argument must be empty, 'videos', 'tiny' or 'smoke', got {arg!r}")
     config = ml_collections.ConfigDict()
     config.job = "qwen3_vl"
     config.seed = 0
@@ -30,6 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.dtype = "bfloat16"
     config.attention = "xla"
 
+    config.source = "world"  # of the streams
     config.world = ml_collections.ConfigDict({"num_chunks": 64, "questions_per_family": 2})
     config.streams = ml_collections.ConfigDict({"train": 512, "test": 48})
     config.image_size = 64  # pixels along the edge of a clip's frame
@@ -69,7 +78,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
          "clip_high": 0.2, "inner_epochs": 1, "entropy_bonus": 0.0, "clips_at_once": 4}
     )  # fmt: skip
 
-    if arg:
+    if arg == "videos":
+        del config.world, config.streams
+        config.source = "videos"
+        config.videos = ml_collections.ConfigDict(
+            {"memory_dir": "", "questions": "", "num_clips": 64, "num_options": 4}
+        )
+        config.image_size = 128  # a stream of 64 clips then takes 13 MB
+        config.widths.update({"caption": 64, "question": 192, "subject": 1, "option": 1})
+        config.memory.max_tokens = 128
+    elif arg:
         config.model_size, config.dtype = "tiny", "float32"
         config.world.update({"num_chunks": 12, "questions_per_family": 4})
         config.world.facts = 16

@@ -96,16 +96,27 @@ def read_timed_text(folder: str | Path, *, skip_bad_rows: bool = False) -> Timed
     problems: list[str] = []
     events = list(_parse_rows(folder / "events.jsonl", _parse_event, problems))
     videos = {event.video for event in events}
-    seen: set[str] = set()
-    questions = list(
-        _parse_rows(folder / "qa.jsonl", lambda row: _parse_question(row, videos, seen), problems)
-    )
+    questions = _parse_questions(folder / "qa.jsonl", videos, "events", problems)
     report_bad_rows(problems, skip=skip_bad_rows)
     if not events:
         raise UserError(
             f"{folder / 'events.jsonl'} holds no events; it needs one JSON row per event"
         )
     return timed_text(events, questions)
+
+
+def read_questions(path: str | Path, videos: set[str]) -> list[Question]:
+    """Reads a qa.jsonl alone, whose questions are about videos of a memory.
+
+    Raises:
+      UserError: the file is missing, or rows are bad (told as `read_timed_text` does).
+    """
+    path, problems = Path(path), []
+    if not path.is_file():
+        raise UserError(f"{path} is not there; give a qa.jsonl of questions")
+    questions = _parse_questions(path, videos, "memory", problems)
+    report_bad_rows(problems, skip=False)
+    return questions
 
 
 def report_bad_rows(problems: Sequence[str], *, skip: bool) -> None:
@@ -195,7 +206,15 @@ def _parse_event(row: dict[str, Any]) -> Event:
     return Event(parse_text(row, "video"), t0, t1, parse_text(row, "kind"), text)
 
 
-def _parse_question(row: dict[str, Any], videos: set[str], seen: set[str]) -> Question:
+def _parse_questions(
+    path: Path, videos: set[str], what: str, problems: list[str]
+) -> list[Question]:
+    """Questions about `videos`; of others it is said that they have no `what`."""
+    seen: set[str] = set()
+    return list(_parse_rows(path, lambda row: _parse_question(row, videos, what, seen), problems))
+
+
+def _parse_question(row: dict[str, Any], videos: set[str], what: str, seen: set[str]) -> Question:
     for field in ("answer", "query_time", "evidence"):
         if field not in row:  # a misspelt query_time must not open the future
             raise ValueError(f'has no "{field}" (write null where there is none)')
@@ -203,7 +222,7 @@ def _parse_question(row: dict[str, Any], videos: set[str], seen: set[str]) -> Qu
     if qid in seen:
         raise ValueError(f'qid "{qid}" is used twice')
     if video not in videos:
-        raise ValueError(f'video "{video}" has no events')
+        raise ValueError(f'video "{video}" has no {what}')
     options = row.get("options")
     if not isinstance(options, list) or len(options) < 2:
         raise ValueError('"options" is not a list of two or more')

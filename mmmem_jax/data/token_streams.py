@@ -20,7 +20,7 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.memory.types import ADD_NEW, DISCARD, MERGE
 from mmmem_jax.models.qwen3_vl.images import PixelConfig, normalise, patchify
 
-LETTERS = ("A", "B", "C", "D")  # of the options
+LETTERS = tuple("ABCDEFGH")  # of the options, in order
 BATCHES_AHEAD = 4  # that a loader holds: with their frames they are large
 
 
@@ -45,6 +45,10 @@ class TokenStream:
     option_valid: np.ndarray  # [Q, O, W] bool
     answer: np.ndarray  # [Q] int32
     asked: np.ndarray  # [Q] bool, False for padding
+
+    def with_questions(self, rows: Int[np.ndarray, "R"]) -> "TokenStream":
+        """The stream with these of its questions, in this order."""
+        return self.replace(**{name: getattr(self, name)[rows] for name in QUESTION_FIELDS})
 
 
 QUESTION_FIELDS = (
@@ -109,7 +113,7 @@ def _texts(stream: worlds.Stream, questions: worlds.Questions, words: _Words) ->
         return words.text(told) + (words.seen + shown if shown else [])
 
     def question(asked, options):
-        lines = zip(words.letters, options, strict=True)
+        lines = zip(words.letters, options, strict=False)
         return words.text(asked) + [i for letter, o in lines for i in letter + words.text(o)]
 
     return _Texts(
@@ -212,10 +216,10 @@ def _one(
     widths: Widths,
     patches: np.ndarray,
 ) -> TokenStream:
-    caption, caption_valid = _padded(texts.caption, widths.caption)
-    question, question_valid = _padded(texts.question, widths.question)
-    subject, subject_valid = _padded(texts.subject, widths.subject)
-    option, option_valid = _padded([o for row in texts.option for o in row], widths.option)
+    caption, caption_valid = padded(texts.caption, widths.caption)
+    question, question_valid = padded(texts.question, widths.question)
+    subject, subject_valid = padded(texts.subject, widths.subject)
+    option, option_valid = padded([o for row in texts.option for o in row], widths.option)
     options = (len(questions.answer), worlds.NUM_OPTIONS, widths.option)
     return TokenStream(
         caption=caption,
@@ -234,8 +238,8 @@ def _one(
     )
 
 
-def _padded(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [R, width] int32, 0 where not valid, and which are valid."""
+def padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of at most `width` ids, -1 for none, as int32 [R, width], and which count [R, width]."""
     ids = np.full((len(rows), width), -1, np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
@@ -280,8 +284,7 @@ def shapes(
 
 def _draw_questions(stream: TokenStream, rng: np.random.Generator, size: int) -> TokenStream:
     """`size` of the stream's questions, those that are asked first, in random order."""
-    order = valid_first(stream.asked, rng, size)
-    return stream.replace(**{name: getattr(stream, name)[order] for name in QUESTION_FIELDS})
+    return stream.with_questions(valid_first(stream.asked, rng, size))
 
 
 def make_loader(

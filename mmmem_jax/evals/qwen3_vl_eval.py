@@ -3,7 +3,7 @@
 Every policy starts from an empty memory and is judged by the reader of the run at the stream's end,
 by accuracy and by the terms of eq. 10 that it was trained on. The rules know nothing of a clip: one
 keeps all, so that the newest are left in a full memory, and one drops all, which tells what can be
-guessed. The teacher of the warm start knows which clips questions can need.
+guessed. The teacher of the warm start knows which clips questions can need, where that is given.
 """
 
 import time
@@ -176,11 +176,14 @@ def compare(run: Run, adapter: nnx.State) -> list[dict]:
     for name, one in (("learned", adapter), ("untrained", lora.without_lora(adapter))):
         records = over_streams(run, partial(model_fn, one, run.setup.base))
         entries.append(summarise(name, records, run))
-    for name, action_fn in (
-        ("teacher", lambda batch: batch.teacher),
-        ("add all", lambda batch: jnp.full(batch.valid.shape, ADD_NEW)),
-        ("discard all", lambda batch: jnp.full(batch.valid.shape, DISCARD)),
-    ):
+    rules = {
+        "teacher": lambda batch: batch.teacher,
+        "add all": lambda batch: jnp.full(batch.valid.shape, ADD_NEW),
+        "discard all": lambda batch: jnp.full(batch.valid.shape, DISCARD),
+    }
+    if not qwen3_vl_job.knows_evidence(run.test):
+        del rules["teacher"]
+    for name, action_fn in rules.items():
         records = over_streams(
             run, lambda batch, fn=action_fn: rule_fn(fn(batch), run.setup.base, batch)
         )

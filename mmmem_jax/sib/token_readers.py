@@ -95,7 +95,8 @@ def make_likelihood_reader(
       graphdef: of the model; the parameters are those it is given, without an adapter.
       prefix_ids: before the memory, one at least.
       suffix_ids: after the question, up to where a letter is expected.
-      letter_ids: of the O options, of which the probabilities add up to 1.
+      letter_ids: of options, in order, for as many as a question ever has; the probabilities of
+        those that it has add up to 1.
       separator_ids: after every node that says anything.
       max_memory_tokens: read at most so many tokens of a memory, separators included, the newest;
         fewer cost less. None: all that a memory can hold.
@@ -108,7 +109,6 @@ def make_likelihood_reader(
     """
     if not prefix_ids:
         raise ValueError("the reader needs a prefix of a token or more")
-    letters = jnp.array(letter_ids)
 
     def read(params: nnx.State, traces: Traces, stream: TokenStream):
         model = nnx.merge(graphdef, params)
@@ -125,6 +125,7 @@ def make_likelihood_reader(
         _, cache = model(_tokens(*before, cache.next_position), None, cache)
         cache = repeat(cache, num_questions)
         _, cache = model(_tokens(*after, cache.next_position), None, cache)
+        letters = jnp.array(letter_ids[: stream.option.shape[2]])
         log_probs = jax.nn.log_softmax(model.logits(cache.hidden)[:, letters])
         return log_probs.reshape(b, g, num_questions, -1)
 

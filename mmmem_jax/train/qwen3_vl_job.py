@@ -1,4 +1,4 @@
-"""The job of the paper's own backbone: SIB-GRPO of Qwen3-VL with LoRA, on streams of the world.
+"""The job of the paper's own backbone: SIB-GRPO of Qwen3-VL with LoRA, on the world or on videos.
 
 The base model is loaded onto the mesh and stays as it is; what is trained and saved is the adapter.
 A supervised warm start may come first. At the end the adapter is written as PEFT reads it.
@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mmmem_jax import prompts
-from mmmem_jax.data import token_streams, worlds
-from mmmem_jax.data.token_streams import TokenStream, Widths
+from mmmem_jax.data import token_streams, video_streams, worlds
+from mmmem_jax.data.token_streams import LETTERS, TokenStream, Widths
 from mmmem_jax.errors import UserError
 from mmmem_jax.memory import traces
+from mmmem_jax.memory.types import DISCARD
 from mmmem_jax.models.qwen3_vl import lora
 from mmmem_jax.models.qwen3_vl.attention import IMPLEMENTATIONS
 from mmmem_jax.models.qwen3_vl.chat import load_chat
@@ -49,6 +50,7 @@ from mmmem_jax.train.trainer import FitConfig, fit
 
 LOG = logging.getLogger("mmmem_jax")
 SPLITS = ("train", "test")
+SOURCES = ("world", "videos")  # of streams; each has a section of its own
 READERS = ("overlap", "likelihood")
 DTYPES = ("float32", "bfloat16")
 FRAME_UNIT = 32  # pixels along the edge of a token of a frame
@@ -77,13 +79,15 @@ def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None
     if config.sft.num_steps:
         with checks.naming("sft"):
             _fit_config(config.sft)
-    for section in ("world", "sib"):
-        with checks.naming(section):
-            {"world": worlds.WorldConfig, "sib": TokenSibConfig}[section](**config[section])
-    sizes = ("streams", "widths", "memory")
+    with checks.naming("sib"):
+        TokenSibConfig(**config.sib)
+    checks.one_of("source", config.source, SOURCES)
+    (_check_world if config.source == "world" else _check_videos)(config)
+    sizes = ("widths", "memory")
     checks.at_least(config, 1, *(f"{s}.{key}" for s in sizes for key in config[s]))
-    checks.at_least(config, 1, "world.num_chunks", "world.questions_per_family", "image_size")
-    checks.at_least(config, 1, "lora.rank", "decide.max_new_tokens", "reader.max_memory_tokens")
+    checks.at_least(
+        config, 1, "image_size", "lora.rank", "decide.max_new_tokens", "reader.max_memory_tokens"
+    )
     checks.at_least(config, 1, "manager.questions_per_stream", "sib.inner_epochs")
     checks.at_least(config, 1, "sib.clips_at_once")
     checks.at_least(config, 2, "sib.num_generations")  # one alone has nothing to be compared with
@@ -110,6 +114,43 @@ def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None
     _check_mesh(config, devices)
 
 
+def _check_world(config: ConfigDict) -> None:
+    with checks.naming("world"):
+        worlds.WorldConfig(**config.world)
+    checks.at_least(config, 1, *(f"streams.{split}" for split in config.streams))
+    checks.at_least(config, 1, "world.num_chunks", "world.questions_per_family")
+
+
+def _check_videos(config: ConfigDict) -> None:
+    checks.at_least(config, 1, "videos.num_clips")
+    checks.one_of("videos.num_options", config.videos.num_options, range(2, len(LETTERS) + 1))
+    if config.reader.kind != "likelihood":
+        raise UserError(
+            f"config.reader.kind is {config.reader.kind!r}; of videos only 'likelihood' can answer"
+        )
+
+
+def _check_questions(config: ConfigDict) -> None:
+    """Raises UserError if there are videos to ask about and what is asked of them cannot be."""
+    if config.source != "videos":
+        return
+    section = config.videos
+    if not section.memory_dir or not section.questions:
+        raise UserError(
+            "config.videos.memory_dir or config.videos.questions is empty; give a memory that kept"
+            " every clip and a qa.jsonl about its videos (mmmem_jax/data/video_streams.py)"
+        )
+    for split in SPLITS:
+        video_streams.questions_by_video(
+            section.memory_dir, section.questions, split, section.num_options
+        )
+
+
+def num_clips(config: ConfigDict) -> int:
+    """T, the clips of a stream."""
+    return config.videos.num_clips if config.source == "videos" else config.world.num_chunks
+
+
 def _check_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None) -> None:
     """Raises UserError unless the mesh divides the streams, the generations and rows of clips."""
     mesh, sib = sharding.make_mesh(**config.mesh, devices=devices), config.sib
@@ -119,10 +160,10 @@ def _check_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None) -> Non
     sharding.check_divides(
         mesh, batch_size=batch_size, num_generations=sib.num_generations, hidden=0
     )
-    if config.world.num_chunks % sib.clips_at_once:
+    if num_clips(config) % sib.clips_at_once:
         raise UserError(
             f"config.sib.clips_at_once is {sib.clips_at_once}; it must divide the"
-            f" {config.world.num_chunks} of config.world.num_chunks"
+            f" {num_clips(config)} clips of a stream"
         )
     # Where a group shares its states, the rows over data and group are those of streams and clips.
     if batch_size * sib.clips_at_once % (mesh.shape["data"] * mesh.shape["group"]):
@@ -136,17 +177,32 @@ def make_streams(config: ConfigDict, split: str, folder: Path) -> TokenStream:
     """The streams of a split, [S, T, ...], in the tokens of a model folder.
 
     Raises:
-      UserError: if a text is longer than `config.widths`.
+      UserError: if a text is longer than `config.widths`, or videos or questions cannot be used.
     """
+    tokenizer, pixels = load_chat(folder, read_config(folder)).tokenizer, read_image_config(folder)
+    widths, dtype = Widths(**config.widths), jnp.dtype(config.dtype)
+    if config.source == "videos":
+        section = config.videos
+        shape = video_streams.Shape(
+            section.num_clips, section.num_options, config.image_size, widths
+        )
+        return video_streams.from_memory(
+            section.memory_dir, section.questions, split, tokenizer, pixels, shape, dtype
+        )
     with checks.naming("widths"):
         return token_streams.from_worlds(
             world_job.make_streams(config, split, config.streams[split]),
-            load_chat(folder, read_config(folder)).tokenizer,
-            read_image_config(folder),
+            tokenizer,
+            pixels,
             image_size=config.image_size,
-            dtype=jnp.dtype(config.dtype),
-            widths=Widths(**config.widths),
+            dtype=dtype,
+            widths=widths,
         )
+
+
+def knows_evidence(streams: TokenStream) -> bool:
+    """Whether the teacher of the warm start would keep any clip."""
+    return bool((streams.teacher != DISCARD).any())
 
 
 def find_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -305,13 +361,16 @@ def plan_manager(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
     state = jax.eval_shape(partial(_init, config, config.manager), setup.adapter)
     vision = nnx.merge(setup.decider.graphdef, setup.adapter, setup.base).config.vision
     rows, columns = setup.decider.patch_grid
+    on_videos = config.source == "videos"
+    num_options = config.videos.num_options if on_videos else worlds.NUM_OPTIONS
     batch = token_streams.shapes(
         config.manager.batch_size,
-        num_chunks=config.world.num_chunks,
+        num_chunks=num_clips(config),
         num_questions=config.manager.questions_per_stream,
         widths=Widths(**config.widths),
         num_patches=rows * columns,
         patch_dim=vision.patch_dim,
+        num_options=num_options,
         dtype=jnp.dtype(config.dtype),
     )
     update = manager_program(config, mesh, setup)
@@ -401,6 +460,7 @@ def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) ->
         written.
     """
     check_config(config)
+    _check_questions(config)
     checkpoints.check_workdir(workdir, config.to_dict())
     if config.checkpoint or config.model_size != TINY or not isinstance(workdir, Path):
         find_folder(config, workdir)  # refuses before anything is written
@@ -408,6 +468,11 @@ def run(config: ConfigDict, workdir: Path, on_update: OnUpdate | None = None) ->
     folder, mesh = find_folder(config, workdir), sharding.make_mesh(**config.mesh)
     # The test streams too, so that a text too long for config.widths is found before training.
     streams = {split: make_streams(config, split, folder) for split in SPLITS}["train"]
+    if config.sft.num_steps and not knows_evidence(streams):
+        raise UserError(
+            f"config.sft.num_steps is {config.sft.num_steps}, but no question names its evidence,"
+            " so there is nothing to learn from a teacher; set it to 0"
+        )
     setup = load_setup(config, mesh, folder)
     adapter = distributed.to_host(train(config, workdir, setup, mesh, streams, on_update))
     if distributed.is_first():

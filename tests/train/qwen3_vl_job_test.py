@@ -17,10 +17,13 @@ from mmmem_jax.errors import UserError
 from mmmem_jax.evals import qwen3_vl_eval
 from mmmem_jax.models.qwen3_vl import lora
 from mmmem_jax.models.qwen3_vl.params import load_model
+from mmmem_jax.testing.perception import toy_perception
 from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
+from mmmem_jax.testing.videos import write_video
 from mmmem_jax.train import qwen3_vl_job as job
 from mmmem_jax.train import sharding
 from mmmem_jax.train.metrics import TIMINGS, read_metrics
+from mmmem_jax.video import build
 
 SHORT = "{node}\n{frame}{caption}\n"  # a prompt that takes little time
 SHALLOW = dataclasses.replace(  # what is tested here does not hang on depth, but time does
@@ -239,6 +242,74 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, key, val
         job.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A memory of two videos of two clips, and a question about each, without evidence."""
+    folder = tmp_path_factory.mktemp("videos")
+    builder = build.make_builder(build.Settings("keep_recent", slots=4), toy_perception())
+    for name in "ab":
+        video = write_video(folder / f"{name}.mp4", scenes=(2.0, 2.0))
+        build.build(builder, str(video), folder / "memory")
+    asked = {"question": "Which?", "options": ["red", "blue", "green"], "answer": 0, "type": "any"}
+    rows = [{"qid": v, "video": v, "query_time": None, "evidence": None} | asked for v in "ab"]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def videos_config(folder, **changes) -> ConfigDict:
+    config = qwen3_vl.get_config("videos")
+    config.update_from_flattened_dict(
+        {
+            "model_size": "tiny", "dtype": "float32", "image_size": 32,
+            "videos.memory_dir": str(folder / "memory"),
+            "videos.questions": str(folder / "qa.jsonl"),
+            "videos.num_clips": 2, "videos.num_options": 3,
+            "widths.caption": 8, "widths.question": 48, "memory.num_nodes": 2,
+            "memory.max_tokens": 8, "lora.rank": 2, "decide.prompt": "train_decide_v1",
+            "manager.num_steps": 1, "manager.batch_size": 1, "manager.questions_per_stream": 1,
+            "sib.num_generations": 2, "sib.clips_at_once": 2,
+        } | changes
+    )  # fmt: skip
+    return config
+
+
+def test_a_run_on_ones_own_videos(videos, tmp_path):
+    job.run(videos_config(videos), tmp_path)
+    (row,) = rows_of(tmp_path, "manager")
+    assert row["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    assert 0 < row["task_reward"] < 1
+    assert (tmp_path / "adapter" / lora.WEIGHTS_FILE).is_file()
+    run = qwen3_vl_eval.load_run(tmp_path)
+    entries = {entry["name"]: entry for entry in qwen3_vl_eval.compare(run, run.setup.adapter)}
+    assert list(entries) == ["learned", "untrained", "add all", "discard all"]  # nothing to teach
+    assert entries["add all"]["length"] > entries["discard all"]["length"] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("source", "films", "config.source is 'films'"),
+        ("videos.memory_dir", "", "config.videos.memory_dir or .* is empty"),
+        ("videos.memory_dir", "/no/such", "/no/such"),
+        ("videos.questions", "/no/qa.jsonl", "/no/qa.jsonl is not there"),
+        ("videos.num_options", 9, "config.videos.num_options is 9"),
+        ("videos.num_options", 2, "has 3 options, not 2"),
+        ("videos.num_clips", 3, "config.sib.clips_at_once is 2; it must divide the 3 clips"),
+        ("reader.kind", "overlap", "config.reader.kind is 'overlap'; of videos only"),
+    ],
+)
+def test_what_cannot_be_of_videos_is_refused_likewise(videos, tmp_path, key, value, says):
+    with pytest.raises(UserError, match=says) as error:
+        job.run(videos_config(videos, **{key: value}), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_evidence_there_is_no_warm_start(videos, tmp_path):
+    with pytest.raises(UserError, match="no question names its evidence"):
+        job.run(videos_config(videos, **{"sft.num_steps": 1}), tmp_path)
 
 
 def test_a_text_that_is_too_long_is_refused(workdir):
