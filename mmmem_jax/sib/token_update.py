@@ -1,9 +1,13 @@
 """One SIB-GRPO update of a language model with LoRA.
 
 Decisions are scored again at the prompts they were taken at, a few clips of all streams at a time,
-and the gradients added up. The base model is an argument that nothing changes. The reference policy
-of eq. 10 is the model without its adapter, also after a warm start: its probabilities say how far
-training has gone from the public model.
+and the gradients added up. pi_old is the policy as it scores, not as it sampled: in bfloat16 what
+is read whole rounds otherwise than what is read from a cache, and over a long trace that alone can
+pass the clip. How far the two lie apart is logged.
+
+The base model is an argument that nothing changes. The reference policy of eq. 10 is the model
+without its adapter, also after a warm start: its probabilities say how far training has gone from
+the public model.
 """
 
 import dataclasses
@@ -73,6 +77,8 @@ class Sampled(NamedTuple):
 
     traj: TokenTrajectory
     decisions: Decisions
+    old_log_prob: jax.Array  # [B, G, T] of pi_old, nats
+    old_entropy: jax.Array  # [B, S, T] of its actions, nats
     ref_log_prob: jax.Array  # [B, G, T] of the model without its adapter, nats
     terms: rewards.RewardTerms  # [B, G, U] each
     reward: jax.Array  # [B, G, U] eq. 10
@@ -216,7 +222,8 @@ def make_update(
 
     The gradient of the loss is taken by the log-probabilities first, which needs them of all clips,
     and then piece by piece by the adapter: exact for any credit and ratio, for one forward pass
-    more. At the first inner step pi_theta is pi_old, so every ratio is 1.
+    more. At the first inner step pi_theta is pi_old, so every ratio is 1. `ratio_first` is the
+    largest ratio, either way, of pi_old to what was sampled from.
 
     Args:
       decider: how the model decides.
@@ -230,11 +237,14 @@ def make_update(
     def update(state: TrainState, batch: TokenStream, base: nnx.State):
         sampled = sample(decider, reader_fn, init_traces, config, state, batch, base, shard=shard)
         (adapter, opt_state), learned = learn(decider, optimizer, config, state, sampled, base)
-        traj, _, _, terms, reward, adv = sampled
-        metrics = rollout_metrics(traj, terms, reward, adv, config)
+        traj = sampled.traj
+        metrics = rollout_metrics(traj, sampled.terms, sampled.reward, sampled.adv, config)
         metrics["tokens_dropped"] = traj.traces.dropped.mean()
-        metrics |= {name: x[-1] for name, x in learned.items()}
-        metrics["ratio_first"] = jnp.maximum(learned["ratio_max"][0], 1.0 / learned["ratio_min"][0])
+        units = sampled.reward.shape[-1]
+        log_ratio = losses.unit_log_ratio(
+            sampled.old_log_prob, traj.log_prob, traj.valid, units, config.ratio
+        )
+        metrics |= learned | {"ratio_first": jnp.exp(jnp.abs(log_ratio).max())}
         state = state.replace(params=adapter, opt_state=opt_state, step=state.step + 1)
         return state, metrics
 
@@ -271,13 +281,14 @@ def sample(
     decisions = decisions_of(
         batch, visual, traj.nodes, traj.ids, traj.token_valid, config.clips_at_once
     )
+    old_log_prob, old_entropy = log_probs_of(decider, params, decisions)
     ref_log_prob, _ = log_probs_of(decider, ref_params, decisions)
-    terms = rewards.terms(traj.task, traj.length, traj.log_prob, ref_log_prob, traj.valid)
+    terms = rewards.terms(traj.task, traj.length, old_log_prob, ref_log_prob, traj.valid)
     reward = rewards.weigh(terms, config.beta1, config.beta2)
     adv = advantages.advantages(
         reward, credit=config.credit, discount=config.discount, std=config.std
     )
-    return Sampled(traj, decisions, ref_log_prob, terms, reward, adv)
+    return Sampled(traj, decisions, old_log_prob, old_entropy, ref_log_prob, terms, reward, adv)
 
 
 def learn(
@@ -288,21 +299,28 @@ def learn(
     sampled: Sampled,
     base: nnx.State,
 ) -> tuple[tuple[nnx.State, optax.OptState], dict[str, jax.Array]]:
-    """The inner steps of an update: adapter and optimizer state after them, metrics of each."""
+    """The inner steps of an update: adapter and optimizer state after them, metrics of the last."""
 
     def loss_fn(log_prob, entropy):
         return _loss(log_prob, entropy, sampled, config)
 
-    def inner(carry, _):
+    def step(carry, found):
         adapter, opt_state = carry
-        found = log_probs_of(decider, lora.join(adapter, base), sampled.decisions)
         weights, metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(*found)
         grads = gradient(decider, adapter, base, sampled.decisions, *weights)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, opt_state, adapter)
         return (optax.apply_updates(adapter, updates), opt_state), metrics
 
-    return jax.lax.scan(inner, (state.params, state.opt_state), length=config.inner_epochs)
+    def again(carry, _):
+        return step(carry, log_probs_of(decider, lora.join(carry[0], base), sampled.decisions))
+
+    carry = state.params, state.opt_state
+    carry, metrics = step(carry, (sampled.old_log_prob, sampled.old_entropy))
+    if config.inner_epochs > 1:
+        carry, rest = jax.lax.scan(again, carry, length=config.inner_epochs - 1)
+        metrics = jax.tree.map(lambda x: x[-1], rest)
+    return carry, metrics
 
 
 def _loss(log_prob, entropy, sampled: Sampled, config: TokenSibConfig):
@@ -310,7 +328,7 @@ def _loss(log_prob, entropy, sampled: Sampled, config: TokenSibConfig):
     traj, adv = sampled.traj, sampled.adv
     total, denominator, metrics = losses.sib_grpo_loss(
         log_prob,
-        traj.log_prob,
+        sampled.old_log_prob,
         adv.value,
         adv.weight,
         traj.valid,

@@ -16,10 +16,10 @@ B, G, T, L = 2, 4, 4, 5
 WORDING = Wording(((1, 2), (3,), (4,), (5, 6)), (10, 11, 12), (13,), TINY.image_token_id)
 
 
-def make_setup(max_new_tokens=1, mesh=None):
+def make_setup(max_new_tokens=1, mesh=None, dtype=jnp.float32):
     """(decider, adapter that changes what the model says, base)."""
-    abstract = nnx.eval_shape(lambda: Qwen3VL(TINY, mesh=mesh, rngs=nnx.Rngs(0)))
-    params = jax.tree.map(jnp.asarray, random_params(TINY, 0))
+    abstract = nnx.eval_shape(lambda: Qwen3VL(TINY, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(TINY, 0))
     model = lora.add_lora(
         nnx.merge(nnx.graphdef(abstract), params), rank=2, alpha=4.0, rngs=nnx.Rngs(0)
     )
