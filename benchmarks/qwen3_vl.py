@@ -11,10 +11,11 @@ after it; lora_step, loss, gradient (activations computed again) and AdamW. Also
   its caption. Without, all 80 frames are encoded and the whole prompt is read.
   `decision_speedup` is the time without over that with reuse; `decision_prefix_speedup` leaves the
   encoding out, so it is what keeping the read prefix saves alone.
-- a minute of video in six clips: for each, frames are encoded; a caption and entities written; the
-  decision taken after an episode of 64 frames and its trace written; and the clip read once more,
-  as it is where it begins an episode. Every answer has all the tokens that it may have, which is
-  the most it can take. Not in it: decoding and resizing video, embedding texts, the memory itself.
+- a minute of video in six clips: for each, frames are encoded; a caption and entities written, four
+  clips side by side; the decision taken after an episode of 64 frames and its trace written; and
+  the clip read once more, as it is where it begins an episode. Every answer has all the tokens that
+  it may have, which is the most it can take. Not in it: decoding and resizing video, embedding
+  texts, the memory itself.
 
 prefill_share is of the measured matrix rate (`prefill_flops`), decode_share of the measured copy
 bandwidth (`decode_bytes`). vs_transformers is their time over ours: above 1 ours is faster; on a
@@ -56,7 +57,12 @@ from mmmem_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from mmmem_jax.models.qwen3_vl.lora import add_lora, join, split_lora
 from mmmem_jax.models.qwen3_vl.modeling import Qwen3VL, Tokens, init_cache
 from mmmem_jax.models.qwen3_vl.vision import VisualInputs, VisualTokens
-from mmmem_jax.perception.qwen3_vl import CAPTION_TOKENS, EXTRACTION_TOKENS, MAX_FRAMES
+from mmmem_jax.perception.qwen3_vl import (
+    CAPTION_TOKENS,
+    CLIPS_AT_ONCE,
+    EXTRACTION_TOKENS,
+    MAX_FRAMES,
+)
 from mmmem_jax.policies.qwen3_vl import DECISION_TOKENS, MAX_EPISODE_FRAMES
 from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
 
@@ -168,12 +174,19 @@ def make_frames(size: Size, pairs: int) -> VisualInputs:
     return jax.device_put(vision.visual_inputs([pixels], tower))
 
 
+def side_by_side(tokens: Tokens, rows: int, seen: int = 0) -> Tokens:
+    """The same piece `rows` times, each looking at `seen` visual tokens of its own."""
+    many = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), tokens)
+    own = many.visual_index + seen * jnp.arange(rows)[:, None]
+    return many.replace(visual_index=jnp.where(many.visual_index < 0, -1, own))
+
+
 class Reading:
     """A cache, with places in it to go back to."""
 
-    def __init__(self, ours: "Ours", slots: int):
+    def __init__(self, ours: "Ours", slots: int, rows: int = 1):
         self.ours = ours
-        self.cache = init_cache(ours.size.config.text, 1, slots, make_dtype())
+        self.cache = init_cache(ours.size.config.text, rows, slots, make_dtype())
         self.places = {}
         self.mark("start")
 
@@ -194,6 +207,12 @@ class Reading:
 
     def answer(self) -> jax.Array:
         return generate.next_log_probs(*self.ours.model, self.cache, ids=ANSWER_IDS)
+
+
+@jax.jit
+def together(seen: list[VisualTokens]) -> VisualTokens:
+    """Visual tokens one after the other."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), *seen)
 
 
 class Ours:
@@ -221,11 +240,12 @@ class Ours:
         self.episode = Reading(self, self.whole.ids.shape[1] + DECISION_TOKENS)
         self.episode.read(self.prefix, self.seen)
         self.episode.mark("episode")
-        self.shown = clip(text=QUESTION_TOKENS)
-        self.retold = make_tokens(size, text=CAPTION_TOKENS + QUESTION_TOKENS)
+        many = partial(side_by_side, rows=CLIPS_AT_ONCE)
+        self.shown = many(clip(text=QUESTION_TOKENS), seen=self.pairs * size.frame_tokens)
+        self.retold = many(make_tokens(size, text=CAPTION_TOKENS + QUESTION_TOKENS))
         slots = INSTRUCTION_TOKENS + self.shown.ids.shape[1] + self.retold.ids.shape[1]
-        self.notes = Reading(self, slots + EXTRACTION_TOKENS)
-        self.notes.read(instructions)
+        self.notes = Reading(self, slots + EXTRACTION_TOKENS, CLIPS_AT_ONCE)
+        self.notes.read(many(instructions))
         self.notes.mark("instructions")
         self._start_lora()
 
@@ -295,19 +315,20 @@ class Ours:
     def minute(self) -> list[jax.Array]:
         """What the model does for a minute of video."""
         out = []
-        for _ in range(CLIPS_A_MINUTE):
-            seen = self.vision()
+        for first in range(0, CLIPS_A_MINUTE, CLIPS_AT_ONCE):
+            seen = [self.vision() for _ in range(min(CLIPS_AT_ONCE, CLIPS_A_MINUTE - first))]
             self.notes.back("instructions")
-            self.notes.read(self.shown, seen)
-            self.notes.mark("clip")
+            self.notes.read(self.shown, together(seen + seen[-1:] * (CLIPS_AT_ONCE - len(seen))))
+            self.notes.mark("clips")
             self.notes.write(CAPTION_TOKENS)
-            self.notes.back("clip")
+            self.notes.back("clips")
             self.notes.read(self.retold)
             out.append(self.notes.write(EXTRACTION_TOKENS))
-            for place in ("episode", "episode"):  # again, as where the clip begins an episode
-                self.episode.back(place)
-                self.episode.read(self.clip, seen)
-            out += [self.episode.answer(), self.episode.write(DECISION_TOKENS)]
+            for one in seen:
+                for place in ("episode", "episode"):  # again, as where the clip begins an episode
+                    self.episode.back(place)
+                    self.episode.read(self.clip, one)
+                out += [self.episode.answer(), self.episode.write(DECISION_TOKENS)]
         return out
 
 

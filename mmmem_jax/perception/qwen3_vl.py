@@ -1,7 +1,8 @@
 """The `qwen3_vl` backbone: clips of a video to memory items, by the paper's own model.
 
 The model sees the frames of a clip once, writes a caption (L1), and then, in the same conversation,
-names its entities (L3). What it is told at the start of each stays in its cache.
+names its entities (L3). What it is told at the start of each stays in its cache. Where clips come
+together, their conversations go on side by side.
 
 An embedding has two parts side by side: [text, visual]. Texts are embedded by a sentence encoder,
 [t, 0]; what is seen is the mean of the vision tower's merged tokens, projected, [0, v]. Those
@@ -27,7 +28,7 @@ from mmmem_jax.memory.types import Item
 from mmmem_jax.models import text_encoder, weights
 from mmmem_jax.models.qwen3_vl import conversation, params
 from mmmem_jax.models.qwen3_vl.chat import TURN_END, shorten
-from mmmem_jax.models.qwen3_vl.conversation import Said, Seen, Speaker, Talk
+from mmmem_jax.models.qwen3_vl.conversation import Answered, Said, Seen, Speaker, Talk
 from mmmem_jax.models.text_encoder import BertEncoder
 from mmmem_jax.perception import extraction, salient
 from mmmem_jax.perception.decode import Frame
@@ -39,6 +40,7 @@ from mmmem_jax.perception.types import Percept, Work
 VISUAL_DIM = 256
 PROMPTS = ("caption_v1", "extract_v1")
 MAX_FRAMES = 16  # of a clip: four long clips are the paper's 64 frames of a decision
+CLIPS_AT_ONCE = 4  # conversations side by side: each needs a cache of the whole context
 CAPTION_TOKENS, EXTRACTION_TOKENS = 48, 160  # written at most
 SUBTITLE_SHARE = 1 / 8  # of the context, that subtitles of a clip may take
 # How it is recorded that the model wrote no whole line, and nothing that could be read, and that
@@ -196,6 +198,7 @@ class Notes(NamedTuple):
     entities: Extraction | None  # None: nothing that it wrote could be read
     probability: float  # of the entities as written, geometric mean over tokens
     failed: tuple[str, ...]  # of NO_CAPTION, NO_ENTITIES, CUT_SUBTITLES
+    in_view: tuple[int, ...]  # tokens of every prompt, and of what was written after it
 
 
 PerceiveFn = Callable[[Sequence[Clip], np.ndarray | None], list[Percept]]
@@ -213,25 +216,38 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
       UserError: if the model has no such context; and when called, if a clip does not fit it.
     """
     talk: Talk | None = _open(speaker, context)
-    start, told_of = conversation.mark(talk), 0  # tokens read that a percept has told of
+    start = conversation.mark(talk)
+    untold = talk.tokens_read  # by no percept
 
-    def perceive(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
-        nonlocal talk, told_of
+    def together(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
+        nonlocal talk, start, untold
+        chosen = [_choose(clip) for clip in clips]
+        seen = [look(speaker, shown) for _, shown in chosen]
+        if talk is None:
+            talk = _open(speaker, context)
+            start, untold = conversation.mark(talk), untold + talk.tokens_read
+        # Taken over, so lost if a clip turns out not to fit.
+        begun, talk = conversation.rewind(talk, start), None
+        if len(clips) > len(begun.read):
+            begun = conversation.widen(begun, CLIPS_AT_ONCE)
+            start = conversation.mark(begun)
+        notes, talk = take_notes(speaker, begun, clips, seen)
         percepts = []
-        for clip in clips:
-            key, shown = _choose(clip)
-            seen = look(speaker, shown)
-            if talk is None:
-                talk, told_of = _open(speaker, context), 0
-            # Taken over, so lost if the clip turns out not to fit.
-            begun, talk = conversation.rewind(talk, start), None
-            notes, anew, talk = take_notes(speaker, begun, clip, seen)
-            frames = frames_in(speaker, seen)
-            work = Work(talk.tokens_read - told_of, frames, sum(anew), frames * len(anew))
-            told_of = talk.tokens_read
-            percept = _percept(speaker, embedder, clip, notes, key, seen, before)
+        for row, (clip, (key, _)) in enumerate(zip(clips, chosen, strict=True)):
+            frames, anew = frames_in(speaker, seen[row]), notes[row].in_view
+            read = untold + talk.read[row] - begun.read[row]
+            untold = 0
+            percept = _percept(speaker, embedder, clip, notes[row], key, seen[row], before)
+            work = Work(read, frames, sum(anew), frames * len(anew))
             percepts.append(percept._replace(work=work))
             before = percept.item.coarse
+        return percepts
+
+    def perceive(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
+        percepts: list[Percept] = []
+        for first in range(0, len(clips), CLIPS_AT_ONCE):
+            percepts += together(clips[first : first + CLIPS_AT_ONCE], before)
+            before = percepts[-1].item.coarse
         return percepts
 
     return perceive
@@ -244,45 +260,52 @@ def look(speaker: Speaker, frames: Sequence[Frame]) -> Seen:
 
 
 def take_notes(
-    speaker: Speaker, talk: Talk, clip: Clip, seen: Seen
-) -> tuple[Notes, list[int], Talk]:
-    """Lets the model write the caption of a clip, then its entities.
+    speaker: Speaker, talk: Talk, clips: Sequence[Clip], seen: Sequence[Seen]
+) -> tuple[list[Notes], Talk]:
+    """Lets the model write the captions of clips, then their entities.
 
     Args:
       speaker: who.
-      talk: that has read how to do it.
-      clip: whose subtitles are told.
-      seen: its frames.
-
-    Returns:
-      What it wrote; the tokens of every prompt with what was written after it; the conversation.
+      talk: one conversation for each clip or more, all of which have read how to do it.
+      clips: whose subtitles are told.
+      seen: their frames.
     """
-    spoken = prompts.plain(subtitles_of(clip))
+
+    def for_all(things: list) -> list:  # nothing is asked for where there is no clip
+        return things + things[-1:] * (len(talk.read) - len(things))
+
+    ask = partial(conversation.insist, speaker, seeds=[clip.index for clip in clips])
+    spoken = [prompts.plain(subtitles_of(clip)) for clip in clips]
     most = int(talk.cache.valid.shape[1] * SUBTITLE_SHARE)
-    subtitles = shorten(speaker.chat, spoken, most)
-    told = f'\nSubtitles: "{subtitles}"' if subtitles else ""
-    talk = conversation.show(speaker, talk, seen)
-    talk = conversation.tell(speaker, talk, f"{told}{TURN_END}\n{prompts.ANSWER}")
-    ask = partial(conversation.insist, speaker, seed=clip.index)
-    line, talk = ask(talk, _whole_line, max_new_tokens=CAPTION_TOKENS)
-    caption = line.found or prompts.plain(line.first.text)
+    subtitles = [shorten(speaker.chat, text, most) for text in spoken]
+    told = [f'\nSubtitles: "{text}"' if text else "" for text in subtitles]
+    talk = conversation.show(speaker, talk, *for_all(list(seen)))
+    answer = f"{TURN_END}\n{prompts.ANSWER}"
+    talk = conversation.tell(speaker, talk, *for_all([text + answer for text in told]))
+    lines, talk = ask(talk, _whole_line, max_new_tokens=CAPTION_TOKENS)
+    captions = [line.found or prompts.plain(line.attempts[0].text) for line in lines]
     # Told again as it is kept, so that what is read from here on depends on nothing else.
-    asked = prompts.turn("user", "Entities?") + prompts.ANSWER
-    talk = conversation.tell(speaker, talk, f"{caption}{TURN_END}\n{asked}")
-    listed, talk = ask(talk, _entities, max_new_tokens=EXTRACTION_TOKENS)
+    asked = f"{TURN_END}\n{prompts.turn('user', 'Entities?')}{prompts.ANSWER}"
+    talk = conversation.tell(speaker, talk, *for_all([text + asked for text in captions]))
+    lists, talk = ask(talk, _entities, max_new_tokens=EXTRACTION_TOKENS)
+    cut = [a != b for a, b in zip(subtitles, spoken, strict=True)]
+    return [_notes(*of) for of in zip(lines, lists, captions, subtitles, cut, strict=True)], talk
+
+
+def _notes(line: Answered, listed: Answered, caption: str, subtitles: str, cut: bool) -> Notes:
     failed = {
         NO_CAPTION: line.found is None,
         NO_ENTITIES: listed.found is None,
-        CUT_SUBTITLES: subtitles != spoken,
+        CUT_SUBTITLES: cut,
     }
-    notes = Notes(
+    return Notes(
         caption,
         subtitles,
         listed.found,
-        float(np.exp(np.mean(listed.last.log_probs))),
+        float(np.exp(np.mean(listed.attempts[-1].log_probs))),
         tuple(name for name, has in failed.items() if has),
+        line.in_view + listed.in_view,
     )
-    return notes, [*line.in_view, *listed.in_view], talk
 
 
 def _whole_line(said: Said) -> str:

@@ -102,15 +102,16 @@ def step(
     talk, place = read_clip(speaker, episode.talk, percept.seen, percept.caption)
     talk = conversation.tell(speaker, talk, QUESTION)
     offered = (ADD_NEW, DISCARD) if alone else (ADD_NEW, MERGE, DISCARD)
-    answered, talk = conversation.insist(
+    (answered,), talk = conversation.insist(
         speaker,
         talk,
         partial(_trace, ids),
         max_new_tokens=DECISION_TOKENS,
-        seed=percept.index,
+        seeds=(percept.index,),
         first_ids=tuple(ids[action] for action in offered),
     )
-    action, trace = ids.index(answered.first.ids[0]), answered.found
+    first, trace = answered.attempts[0], answered.found
+    action = ids.index(first.ids[0])
     shown = episode.frames + frames_in(speaker, percept.seen)
     episode = _after(speaker, episode, talk, place, percept, action)
     read, attempts = episode.talk.tokens_read - before, len(answered.in_view)
@@ -118,8 +119,8 @@ def step(
     decision = Decision(
         action=action,
         strength=percept.span[1],  # the oldest go first
-        log_prob=answered.first.log_probs[0],
-        trace=trace_of(answered.first.text, WORDS[action]) if trace is None else trace,
+        log_prob=first.log_probs[0],
+        trace=trace_of(first.text, WORDS[action]) if trace is None else trace,
         failed=(NO_TRACE,) if trace is None else (),
         work=total(episode.untold, done),
     )

@@ -99,8 +99,18 @@ def test_a_minute_is_six_clips(ours, monkeypatch):
         qwen3_vl.Reading, "write", lambda self, count: counts.append(count) or jnp.zeros(1)
     )
     ours.minute()
-    per_clip = [qwen3_vl.CAPTION_TOKENS, qwen3_vl.EXTRACTION_TOKENS, qwen3_vl.DECISION_TOKENS]
-    assert counts == 6 * per_clip
+    notes, trace = [qwen3_vl.CAPTION_TOKENS, qwen3_vl.EXTRACTION_TOKENS], qwen3_vl.DECISION_TOKENS
+    assert counts == [*notes, *[trace] * 4, *notes, *[trace] * 2]
+
+
+def test_side_by_side_each_looks_at_its_own_frames():
+    one = qwen3_vl.make_tokens(TINY, frames=2, text=1)
+    seen = 2 * TINY.frame_tokens
+    many = qwen3_vl.side_by_side(one, 3, seen)
+    assert many.ids.shape == (3, seen + 1)
+    wanted = np.arange(3 * seen).reshape(3, seen)
+    np.testing.assert_array_equal(many.visual_index[:, :seen], wanted)
+    assert (np.asarray(many.visual_index)[:, seen:] == -1).all()
 
 
 @pytest.fixture

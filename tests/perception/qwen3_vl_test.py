@@ -1,5 +1,6 @@
 """Clips are seen once, what the model writes of them is read strictly, two kinds share a space."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -58,11 +59,12 @@ def script(monkeypatch):
     """The model writes what it is given, in order; how it was asked is kept."""
     answers, asked = [], []
 
-    def say(speaker, talk, **how):
+    def say_each(speaker, talk, *, active, **how):
         asked.append(how)
-        return Said(answers.pop(0), (1, 2), (np.log(0.25), np.log(1.0)), True), talk
+        texts = [answers.pop(0) if here else "" for here in active]
+        return [Said(text, (1, 2), (np.log(0.25), np.log(1.0)), True) for text in texts], talk
 
-    monkeypatch.setattr(conversation, "say", say)
+    monkeypatch.setattr(conversation, "say_each", say_each)
     return answers, asked
 
 
@@ -160,7 +162,7 @@ class TestSeen:
 
 class TestPerceive:
     def test_what_the_model_writes_becomes_the_item(self, speaker, embedder, script):
-        script[0].extend(["A cat\n sleeps.", ENTITIES, "A dog.", '{"entities": []}'])
+        script[0].extend(["A cat\n sleeps.", "A dog.", ENTITIES, '{"entities": []}'])
         perceive = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)
         cat, dog = perceive([_clip(0, cues=[Cue(0.5, 1.0, "hello")]), _clip(1)], None)
         assert cat.caption == 'A cat sleeps. Subtitle: "hello"'
@@ -190,7 +192,7 @@ class TestPerceive:
         first, *later = asked[1:]
         assert first["temperature"] == 0
         assert all(how["temperature"] > 0 for how in later)
-        keys = {tuple(jax.random.key_data(how["rng_key"]).tolist()) for how in asked[1:]}
+        keys = {tuple(jax.random.key_data(*how["rng_keys"]).tolist()) for how in asked[1:]}
         assert len(keys) == 3
 
     def test_a_failure_is_recorded(self, speaker, embedder, script):
@@ -217,7 +219,7 @@ class TestPerceive:
         self, speaker, embedder, script, monkeypatch
     ):
         answers, _ = script
-        answers.extend(["A cat.", "no", ENTITIES] * 2)
+        answers.extend([*["A cat."] * 2, *["no"] * 2, *[ENTITIES] * 2])
         seen, see = [], conversation.see
         monkeypatch.setattr(
             conversation, "see", lambda s, frames, t: seen.append(len(frames)) or see(s, frames, t)
@@ -240,11 +242,16 @@ class TestPerceive:
     def test_a_clip_depends_on_none_before_it(self, speaker, embedder, monkeypatch):
         for name in ("CAPTION_TOKENS", "EXTRACTION_TOKENS"):
             monkeypatch.setattr(qwen3_vl, name, 6)
-        perceive = qwen3_vl.make_perceive_fn(speaker, embedder, CONTEXT)
-        _, after = perceive([_clip(0), _clip(1)], None)
-        (alone,) = perceive([_clip(1)], None)
-        assert after.caption == alone.caption
-        np.testing.assert_array_equal(after.item.text, alone.item.text)
+        clips = [_clip(index, seconds=1.0 + 2 * (index % 2)) for index in range(5)]
+        make = functools.partial(qwen3_vl.make_perceive_fn, speaker, embedder, CONTEXT)
+        together, one_by_one, before = make()(clips, None), make(), None
+        for clip, found in zip(clips, together, strict=True):
+            (alone,) = one_by_one([clip], before)
+            before = alone.item.coarse
+            assert found.caption == alone.caption
+            assert found.work == alone.work
+            np.testing.assert_array_equal(found.item.text, alone.item.text)
+            np.testing.assert_array_equal(found.item.change, alone.item.change)
 
     def test_a_clip_that_does_not_fit_is_said(self, speaker, embedder):
         room = bucket_length(_count(speaker, qwen3_vl._opening())) + 8

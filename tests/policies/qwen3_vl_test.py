@@ -58,15 +58,15 @@ def script(speaker, monkeypatch):
     """The model answers the words given it, in order; what it was asked is kept."""
     heard, answers = [], []
 
-    def say(speaker, talk, *, max_new_tokens, rng_key, temperature, first_ids):
+    def say_each(speaker, talk, *, max_new_tokens, rng_keys, temperature, first_ids, active):
         log_probs = conversation.choose(speaker, talk, first_ids)
-        heard.append(Heard(first_ids, log_probs, conversation.in_view(talk)))
+        heard.append(Heard(first_ids, log_probs, conversation.in_view(talk)[0]))
         text = answers.pop(0)
         first = speaker.chat.tokenizer.encode(text).ids[0]
         chosen = float(log_probs[first_ids.index(first)])
-        return Said(text, (first,), (chosen,), True), talk
+        return [Said(text, (first,), (chosen,), True)], talk
 
-    monkeypatch.setattr(conversation, "say", say)
+    monkeypatch.setattr(conversation, "say_each", say_each)
     return answers, heard
 
 
@@ -197,14 +197,14 @@ def test_a_trace_is_asked_for_again_and_its_failure_kept(
     add, merge, discard = ids = manager.action_ids(speaker.chat)
     asked, answers = [], list(texts)
 
-    def say(speaker, talk, **how):
+    def say_each(speaker, talk, **how):
         asked.append(how)
         text, ended = answers.pop(0), True
         if text.endswith("~"):
             text, ended = text.removesuffix("~"), False
-        return Said(text, (add,), (0.0 if len(asked) > 1 else -0.5,), ended), talk
+        return [Said(text, (add,), (0.0 if len(asked) > 1 else -0.5,), ended)], talk
 
-    monkeypatch.setattr(conversation, "say", say)
+    monkeypatch.setattr(conversation, "say_each", say_each)
     decision, episode = manager.step(speaker, ids, manager._open(speaker, CONTEXT), percepts[0])
     assert (decision.action, decision.log_prob) == (ADD_NEW, -0.5)
     assert (decision.trace, decision.failed) == (trace, failed)

@@ -59,17 +59,17 @@ def _read(memory):
 
 def _acting(monkeypatch, actions):
     """The model decides so, whatever it sees."""
-    say, left = conversation.say, iter(actions)
+    say_each, left = conversation.say_each, iter(actions)
 
     def decided(speaker, talk, *, first_ids=(), **how):
-        said, talk = say(speaker, talk, first_ids=first_ids, **how)
+        said, talk = say_each(speaker, talk, first_ids=first_ids, **how)
         if len(first_ids) > 1:  # else the trace alone is asked for again
             wanted = manager.action_ids(speaker.chat)[next(left)]
             assert wanted in first_ids
-            said = said._replace(ids=(wanted, *said.ids[1:]))
+            said = [said[0]._replace(ids=(wanted, *said[0].ids[1:]))]
         return said, talk
 
-    monkeypatch.setattr(conversation, "say", decided)
+    monkeypatch.setattr(conversation, "say_each", decided)
 
 
 def test_a_memory_is_built_and_told_of(builder, video, tmp_path):

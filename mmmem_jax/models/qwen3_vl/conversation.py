@@ -9,10 +9,15 @@
 
 Frames are encoded once, by `see`, however often they are shown; what was read stays in the cache,
 so a prompt that begins as the last one did costs only what is new in it.
+
+`widen` makes of one conversation several that go on side by side: to write a token the model reads
+all its weights, for one conversation or for some. What can be done to one and to several takes a
+text, or frames, for each (`tell`, `show`, `say_each`, `insist`); `choose` and `say` are of one.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +68,17 @@ class Seen(NamedTuple):
 
 
 class Talk(NamedTuple):
-    """A conversation so far; handed to a function it is taken over: use what is returned."""
+    """Conversations so far; handed to a function they are taken over: use what is returned."""
 
     cache: Cache
     length: int  # slots written
-    position: int  # of the next token
-    tokens_read: int  # by the model, those written included
+    positions: tuple[int, ...]  # of the next token of each
+    read: tuple[int, ...]  # tokens of each that the model read, those written included
+
+    @property
+    def tokens_read(self) -> int:
+        """Of all conversations."""
+        return sum(self.read)
 
 
 class Said(NamedTuple):
@@ -84,8 +94,7 @@ class Answered(NamedTuple):
     """What the model wrote until it could be read, or could not for good."""
 
     found: Any  # what was read; None: no attempt could be
-    first: Said  # the first attempt, which took the likeliest tokens
-    last: Said
+    attempts: tuple[Said, ...]  # the first took the likeliest tokens
     in_view: tuple[int, ...]  # tokens of the prompt of each attempt, and of what was written
 
 
@@ -174,26 +183,44 @@ def begin(speaker: Speaker, num_slots: int) -> Talk:
     most = speaker.config.text.max_positions
     if not 0 < num_slots <= most:
         raise UserError(f"a context of {num_slots} tokens cannot be; this model takes 1 to {most}")
-    return Talk(init_cache(speaker.config.text, 1, num_slots, speaker.dtype), 0, 0, 0)
+    return Talk(init_cache(speaker.config.text, 1, num_slots, speaker.dtype), 0, (0,), (0,))
 
 
-def tell(speaker: Speaker, talk: Talk, text: str) -> Talk:
-    """Lets the model read text; special tokens in it become themselves.
+def widen(talk: Talk, count: int) -> Talk:
+    """`count` conversations that begin as this one; what it has read counts as read once."""
+    return Talk(
+        generate.repeat(talk.cache, count),
+        talk.length,
+        talk.positions * count,
+        talk.read + (0,) * (count - 1),
+    )
+
+
+def tell(speaker: Speaker, talk: Talk, *texts: str) -> Talk:
+    """Lets the model read text, one for each conversation; special tokens become themselves.
 
     Raises:
       UserError: if the context has no room for it.
     """
-    return _read(speaker, talk, inputs.encode_text(speaker.chat, text, start=talk.position), None)
+    pieces = [
+        inputs.encode_text(speaker.chat, text, start=position)
+        for text, position in zip(texts, talk.positions, strict=True)
+    ]
+    return _read(speaker, talk, pieces, None)
 
 
-def show(speaker: Speaker, talk: Talk, seen: Seen) -> Talk:
-    """Lets the model look at encoded frames, each after the text of its time.
+def show(speaker: Speaker, talk: Talk, *seen: Seen) -> Talk:
+    """Lets the model look at encoded frames, those of each conversation after the text of a time.
 
     Raises:
       UserError: if the context has no room for them.
     """
-    piece = inputs.encode_visual(speaker.chat, seen.shown, first_frame=0, start=talk.position)
-    return _read(speaker, talk, piece, seen.visual, seen.frame_tokens)
+    visual, frames, frame_tokens = _side_by_side(seen)
+    pieces = [
+        inputs.encode_visual(speaker.chat, one.shown, first_frame=row * frames, start=position)
+        for row, (one, position) in enumerate(zip(seen, talk.positions, strict=True))
+    ]
+    return _read(speaker, talk, pieces, visual, frame_tokens)
 
 
 def beginning(speaker: Speaker, talk: Talk, text: str, *, leave: int) -> str:
@@ -207,9 +234,9 @@ def has_room(speaker: Speaker, talk: Talk, seen: Seen, *, leave: int) -> bool:
     return count <= largest_bucket(_free(talk) - leave)
 
 
-def in_view(talk: Talk) -> int:
-    """Tokens that the next one would look at."""
-    return int(talk.cache.valid.sum())
+def in_view(talk: Talk) -> tuple[int, ...]:
+    """Tokens that the next one of each conversation would look at."""
+    return tuple(np.asarray(talk.cache.valid.sum(1)).tolist())
 
 
 def mark(talk: Talk) -> Talk:
@@ -218,10 +245,8 @@ def mark(talk: Talk) -> Talk:
 
 
 def rewind(talk: Talk, place: Talk) -> Talk:
-    """The conversation as it was at `place`; what was read since still counts as read."""
-    return place._replace(
-        cache=generate.rewind(talk.cache, place.cache), tokens_read=talk.tokens_read
-    )
+    """The conversations as they were at `place`; what was read since still counts as read."""
+    return place._replace(cache=generate.rewind(talk.cache, place.cache), read=talk.read)
 
 
 def choose(speaker: Speaker, talk: Talk, ids: tuple[int, ...]) -> Float[np.ndarray, "O"]:
@@ -239,44 +264,70 @@ def say(
     temperature: float = 0.0,
     first_ids: tuple[int, ...] = (),
 ) -> tuple[Said, Talk]:
-    """Lets the model write until it ends its turn.
+    """`say_each` of one conversation."""
+    (said,), talk = say_each(
+        speaker,
+        talk,
+        max_new_tokens=max_new_tokens,
+        rng_keys=() if rng_key is None else (rng_key,),
+        temperature=temperature,
+        first_ids=first_ids,
+    )
+    return said, talk
+
+
+def say_each(
+    speaker: Speaker,
+    talk: Talk,
+    *,
+    max_new_tokens: int,
+    rng_keys: Sequence[jax.Array] = (),
+    temperature: float = 0.0,
+    first_ids: tuple[int, ...] = (),
+    active: Sequence[bool] = (),
+) -> tuple[list[Said], Talk]:
+    """Lets the model write until it has ended its turn in every conversation.
 
     Args:
       speaker: who.
       talk: after what.
-      max_new_tokens: at most.
-      rng_key: for temperatures above 0.
+      max_new_tokens: at most, in each.
+      rng_keys: for temperatures above 0, of each.
       temperature: 0 takes the likeliest token.
       first_ids: the only tokens that may come first; see generate.decode.
+      active: in which of them it writes; in the others it says nothing. All, if empty.
 
     Raises:
       UserError: if the context has no room for so many.
     """
     inputs.check_context(talk.length, talk.cache.valid.shape[1], new_tokens=max_new_tokens)
+    count = len(talk.positions)
     out, cache = generate.decode(
         speaker.graphdef,
         speaker.params,
-        jax.random.key(0) if rng_key is None else rng_key,
+        jnp.stack(tuple(rng_keys) or (jax.random.key(0),) * count),
         talk.cache,
         max_new_tokens=max_new_tokens,
         stop_ids=speaker.chat.stop_ids,
         temperature=jnp.float32(temperature),
         # Some twice, which changes nothing: of few lengths, so few programs.
         first_ids=first_ids + first_ids[-1:] * (-len(first_ids) % 4),
+        active=np.array(tuple(active) or (True,) * count),
     )
-    out, length, position = jax.device_get((out, cache.length, cache.next_position))
-    count = int(out.valid[0].sum())
-    ids = out.ids[0, :count].tolist()
-    ended = ids[-1] in speaker.chat.stop_ids
-    words = ids[:-1] if ended else ids
-    said = Said(
-        speaker.chat.tokenizer.decode(words),
-        tuple(ids),
-        tuple(out.log_probs[0, :count].tolist()),
-        ended,
-    )
-    read = talk.tokens_read + int(length) - talk.length
-    return said, Talk(cache, int(length), int(position[0]), read)
+    out, length, positions = jax.device_get((out, cache.length, cache.next_position))
+    said = [_said(speaker.chat, *row) for row in zip(*out, strict=True)]
+    # Of what was written all is read but the token that comes last.
+    read = (before + max(len(one.ids) - 1, 0) for before, one in zip(talk.read, said, strict=True))
+    return said, Talk(cache, int(length), tuple(positions.tolist()), tuple(read))
+
+
+def _said(chat: Chat, ids: np.ndarray, log_probs: np.ndarray, valid: np.ndarray) -> Said:
+    """What was written in one conversation."""
+    count = int(valid.sum())
+    ids = ids[:count].tolist()
+    ended = bool(ids) and ids[-1] in chat.stop_ids
+    text = chat.tokenizer.decode(ids[:-1] if ended else ids)
+    return Said(text, tuple(ids), tuple(log_probs[:count].tolist()), ended)
 
 
 def insist(
@@ -285,44 +336,57 @@ def insist(
     read: Callable[[Said], Any],
     *,
     max_new_tokens: int,
-    seed: int,
+    seeds: Sequence[int],
     first_ids: tuple[int, ...] = (),
-) -> tuple[Answered, Talk]:
-    """Lets the model write until it can be read, ATTEMPTS times at most.
+) -> tuple[list[Answered], Talk]:
+    """Lets the model write until it can be read, ATTEMPTS times at most, in each conversation.
 
     Args:
       speaker: who.
       talk: after what; each attempt follows it directly.
       read: what comes of an attempt; raises ValueError if it cannot be read.
       max_new_tokens: at most, each time.
-      seed: of the attempts after the first.
-      first_ids: the only tokens that may come first; the one that did stays in later attempts.
+      seeds: of the attempts after the first, for the first of the conversations; in those that
+        have none nothing is asked for.
+      first_ids: the only tokens that may come first; the one that did stays in later attempts. Of
+        one conversation alone.
 
     Returns:
-      What came of it, and the conversation as it was.
+      What came of each, and the conversations as they were.
 
     Raises:
       UserError: if the context has no room for so many tokens.
     """
-    place, tokens, attempts, found = mark(talk), [], [], None
-    while found is None and len(attempts) < ATTEMPTS:
-        said, talk = say(
+    place, unasked = mark(talk), len(talk.positions) - len(seeds)
+    answers = [Answered(None, (), ()) for _ in seeds]
+    for attempt in range(ATTEMPTS):
+        active = [answer.found is None for answer in answers]
+        if not any(active):
+            break
+        seeded = [*seeds, *[0] * unasked]
+        said, talk = say_each(
             speaker,
             talk,
             max_new_tokens=max_new_tokens,
-            rng_key=jax.random.fold_in(jax.random.key(seed), len(attempts)),
-            temperature=RETRY_TEMPERATURE if attempts else 0.0,
+            rng_keys=[jax.random.fold_in(jax.random.key(seed), attempt) for seed in seeded],
+            temperature=RETRY_TEMPERATURE if attempt else 0.0,
             first_ids=first_ids,
+            active=[*active, *[False] * unasked],
         )
-        tokens.append(in_view(talk))
+        views = in_view(talk)
         talk = rewind(talk, place)
-        attempts.append(said)
-        first_ids = said.ids[:1] if first_ids else ()
-        try:
-            found = read(said)
-        except ValueError:
-            continue  # whoever asked sees that nothing was found
-    return Answered(found, attempts[0], attempts[-1], tuple(tokens)), talk
+        for row in np.flatnonzero(active):
+            answers[row] = _with_attempt(answers[row], said[row], views[row], read)
+        first_ids = said[0].ids[:1] if first_ids else ()
+    return answers, talk
+
+
+def _with_attempt(answer: Answered, said: Said, view: int, read: Callable[[Said], Any]) -> Answered:
+    try:
+        found = read(said)
+    except ValueError:
+        found = None  # whoever asked sees that nothing was found
+    return Answered(found, (*answer.attempts, said), (*answer.in_view, view))
 
 
 def _free(talk: Talk) -> int:
@@ -330,14 +394,53 @@ def _free(talk: Talk) -> int:
 
 
 def _read(
-    speaker: Speaker, talk: Talk, piece: Prompt, visual: VisualTokens | None, frame_tokens: int = 0
+    speaker: Speaker,
+    talk: Talk,
+    pieces: Sequence[Prompt],
+    visual: VisualTokens | None,
+    frame_tokens: int = 0,
 ) -> Talk:
-    """Reads a piece, padded to one of few lengths."""
-    count, slots = len(piece.ids), talk.cache.valid.shape[1]
-    inputs.check_context(talk.length + count, slots)
-    padded = min(bucket_length(count), _free(talk))
+    """Reads a piece of each conversation, padded to one of few lengths."""
+    longest, slots = max(len(piece.ids) for piece in pieces), talk.cache.valid.shape[1]
+    inputs.check_context(talk.length + longest, slots)
+    padded = min(bucket_length(longest), _free(talk))
     tokens = inputs.batch(
-        [piece], pad_to=padded, pad_id=speaker.chat.text_end_id, frame_tokens=frame_tokens
+        pieces, pad_to=padded, pad_id=speaker.chat.text_end_id, frame_tokens=frame_tokens
     )
     cache = generate.prefill(speaker.graphdef, speaker.params, tokens, visual, talk.cache)
-    return Talk(cache, talk.length + padded, piece.next_position, talk.tokens_read + count)
+    return Talk(
+        cache,
+        talk.length + padded,
+        tuple(piece.next_position for piece in pieces),
+        tuple(read + len(piece.ids) for read, piece in zip(talk.read, pieces, strict=True)),
+    )
+
+
+def _side_by_side(seen: Sequence[Seen]) -> tuple[VisualTokens, int, int]:
+    """Tokens of the frames of all, as many for each: with how many frames, of how many tokens."""
+    sizes = [(len(one.visual.embeddings) // one.frame_tokens, one.frame_tokens) for one in seen]
+    frames, frame_tokens = (max(size) for size in zip(*sizes, strict=True))
+    visual = (
+        seen[0].visual
+        if len(seen) == 1
+        else _stacked(tuple(one.visual for one in seen), tuple(sizes), (frames, frame_tokens))
+    )
+    return visual, frames, frame_tokens
+
+
+@partial(jax.jit, static_argnames=("sizes", "size"))
+def _stacked(
+    visuals: Sequence[VisualTokens], sizes: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> VisualTokens:
+    """Tokens of frames of `sizes` (frames, tokens of a frame), each padded to `size`."""
+
+    def padded(x, own):  # [..., rows, D]
+        x = x.reshape(*x.shape[:-2], *own, x.shape[-1])
+        room = [(0, most - has) for most, has in zip(size, own, strict=True)]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + room + [(0, 0)])
+        return x.reshape(*x.shape[:-3], size[0] * size[1], x.shape[-1])
+
+    def together(leaves):
+        return jnp.concatenate([padded(x, own) for x, own in zip(leaves, sizes, strict=True)], -2)
+
+    return jax.tree.map(lambda *leaves: together(leaves), *visuals)

@@ -102,11 +102,10 @@ def _allowed(logits, ids: Sequence[int]):
     return jnp.full_like(logits, LOWEST).at[..., jnp.array(ids)].set(logits[..., jnp.array(ids)])
 
 
-def _draw(rng_key, step, logits, temperature):
+def _draw(row_keys, step, logits, temperature):
     """A token for each row, and its log-probability; temperature 0 takes the likeliest."""
     log_probs = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0))
-    rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(rng_key, row), step))(rows)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(row_keys)
     drawn = jax.vmap(jax.random.categorical)(keys, log_probs)
     ids = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
     return ids, jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
@@ -127,13 +126,15 @@ def decode(
     stop_ids: tuple[int, ...],
     temperature: Float[Array, ""] | float = 0.0,
     first_ids: tuple[int, ...] = (),
+    active: Bool[Array, "B"] | None = None,
 ) -> tuple[Generated, Cache]:
     """Writes on, token by token, in one loop on the device, until every row has ended.
 
     Args:
       graphdef: of a Qwen3VL, as are `params`.
       params: its parameters.
-      rng_key: the draw of a row depends on its number and the step alone.
+      rng_key: one, and the draw of a row depends on its number and the step alone; or B, one for
+        each row.
       cache: what was read, with room for `max_new_tokens` more; taken over.
       max_new_tokens: T.
       stop_ids: tokens that end a row.
@@ -141,6 +142,7 @@ def decode(
         that at temperature 1.
       first_ids: the only tokens that may come first, their probabilities adding up to 1; all, if
         empty.
+      active: rows that write, the others being left as they are; None: all.
 
     Returns:
       What was written, and the cache with all of it but the last token.
@@ -148,10 +150,13 @@ def decode(
     model = nnx.merge(graphdef, params)
     batch = cache.valid.shape[0]
     stops = jnp.array(stop_ids, jnp.int32)
+    row_keys = rng_key
+    if not rng_key.ndim:
+        row_keys = jax.vmap(lambda row: jax.random.fold_in(rng_key, row))(jnp.arange(batch))
 
     def write(carry, logits):
         step, cache, out, running = carry
-        ids, log_prob = _draw(rng_key, step, logits, temperature)
+        ids, log_prob = _draw(row_keys, step, logits, temperature)
         out = Generated(
             out.ids.at[:, step].set(jnp.where(running, ids, 0)),
             out.log_probs.at[:, step].set(jnp.where(running, log_prob, 0.0)),
@@ -175,7 +180,8 @@ def decode(
     empty = Generated(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
     logits = model.logits(cache.hidden)
     logits = _allowed(logits, first_ids) if first_ids else logits
-    carry = write((jnp.asarray(0), cache, empty, jnp.ones(batch, bool)), logits)
+    running = jnp.ones(batch, bool) if active is None else active
+    carry = write((jnp.asarray(0), cache, empty, running), logits)
     carry = jax.lax.while_loop(lambda c: jnp.any(c[3]) & (c[0] < max_new_tokens), body, carry)
     return carry[2], carry[1]
 

@@ -11,13 +11,16 @@ from mmmem_jax.models.qwen3_vl import conversation, lora, params
 from mmmem_jax.models.qwen3_vl.conversation import (
     begin,
     choose,
+    insist,
     load_speaker,
     mark,
     rewind,
     say,
+    say_each,
     see,
     show,
     tell,
+    widen,
 )
 from mmmem_jax.testing.qwen3_vl import TINY, write_checkpoint
 from mmmem_jax.train.sharding import make_mesh
@@ -76,7 +79,7 @@ def test_rewound_it_answers_as_if_it_had_not_heard(speaker, seen):
     straight = tell(speaker, talk, ASKED)
     wanted, read = choose(speaker, straight, ids), straight.tokens_read
     talk = rewind(tell(speaker, rewind(straight, place), " no no no"), place)
-    assert (talk.length, talk.position) == (place.length, place.position)
+    assert (talk.length, talk.positions) == (place.length, place.positions)
     talk = tell(speaker, talk, ASKED)
     np.testing.assert_allclose(choose(speaker, talk, ids), wanted, atol=1e-5)
     assert talk.tokens_read > read  # what was forgotten had to be read
@@ -89,10 +92,10 @@ def test_counts_tokens_not_padding(speaker, seen):
         talk = tell(speaker, talk, piece)
         count = len(speaker.chat.tokenizer.encode(piece, add_special_tokens=False).ids)
         assert talk.tokens_read - before == count
-    assert talk.position == talk.tokens_read  # of text alone
+    assert talk.positions == talk.read  # of text alone
     assert int(talk.cache.valid.sum()) == talk.tokens_read
     after = show(speaker, talk, seen)
-    assert after.position - talk.position < after.tokens_read - talk.tokens_read
+    assert after.positions[0] - talk.positions[0] < after.tokens_read - talk.tokens_read
 
 
 def test_says_what_it_may_and_how_likely_it_was(speaker):
@@ -104,11 +107,60 @@ def test_says_what_it_may_and_how_likely_it_was(speaker):
     assert said.log_probs[0] == pytest.approx(float(wanted.max()), abs=1e-5)
     assert len(said.ids) == len(said.log_probs) <= 4
     assert said.ended == (said.ids[-1] in speaker.chat.stop_ids)
-    assert after.tokens_read == after.position  # all but the last, which nobody has read
+    assert after.read == after.positions  # all but the last, which nobody has read
     again = tell(speaker, begin(speaker, SLOTS), OPENING + ASKED)
     key = jax.random.key(1)
     drawn, _ = say(speaker, again, max_new_tokens=4, temperature=5.0, rng_key=key)
     assert drawn.ids != said.ids
+
+
+def test_side_by_side_each_goes_its_own_way(speaker, seen):
+    """Of other frames, texts and ends; nothing is said where nothing is asked."""
+    frames = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    shown, texts = (seen, see(speaker, frames, [0.0, 0.5])), (ASKED, f"Yes or no? {ASKED}")
+    keys = [jax.random.key(2), jax.random.key(3)]
+    how = {"max_new_tokens": 6, "temperature": 1.0}
+    talk = widen(tell(speaker, begin(speaker, SLOTS), OPENING), 3)
+    assert talk.tokens_read == talk.read[0] > talk.read[1] == 0
+    talk = tell(speaker, show(speaker, talk, *shown, shown[1]), *texts, texts[1])
+    place = mark(talk)
+    said, talk = say_each(
+        speaker, talk, rng_keys=[*keys, keys[0]], active=[True, True, False], **how
+    )
+    assert said[2] == ("", (), (), False)
+    again, talk = say_each(
+        speaker, rewind(talk, place), rng_keys=[*keys, keys[0]], active=[False, True, False], **how
+    )
+    assert (again[0].ids, again[1].ids) == ((), said[1].ids)
+    for row in range(2):
+        alone = show(speaker, tell(speaker, begin(speaker, SLOTS), OPENING), shown[row])
+        alone = tell(speaker, alone, texts[row])
+        assert alone.positions[0] == place.positions[row]
+        wanted, alone = say(speaker, alone, rng_key=keys[row], **how)
+        assert said[row].ids == wanted.ids
+        np.testing.assert_allclose(said[row].log_probs, wanted.log_probs, atol=1e-4)
+    assert said[0].ids != said[1].ids
+
+
+def test_it_is_asked_again_where_nothing_can_be_read(speaker):
+    """Each by seeds of its own, so that it says what it would alone."""
+
+    def read(said):
+        if sum(said.ids) % 4:
+            raise ValueError("not to be divided")
+        return sum(said.ids)
+
+    how = {"max_new_tokens": 5}
+    opened = [f"{OPENING}{text}{ASKED}" for text in ("", " red", " no")]
+    talk = tell(speaker, widen(begin(speaker, SLOTS), 4), *opened, opened[0])
+    answers, after = insist(speaker, talk, read, seeds=[3, 4, 5], **how)
+    assert (after.length, after.positions) == (talk.length, talk.positions)
+    assert len({len(answer.attempts) for answer in answers}) > 1
+    for text, seed, answer in zip(opened, (3, 4, 5), answers, strict=True):
+        alone = tell(speaker, begin(speaker, SLOTS), text)
+        (wanted,), _ = insist(speaker, alone, read, seeds=[seed], **how)
+        assert [said.ids for said in answer.attempts] == [said.ids for said in wanted.attempts]
+        assert (answer.found, answer.in_view) == (wanted.found, wanted.in_view)
 
 
 def test_a_clip_of_one_frame_is_a_video(speaker):
