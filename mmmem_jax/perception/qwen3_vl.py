@@ -40,7 +40,7 @@ from mmmem_jax.perception.types import Percept, Work
 VISUAL_DIM = 256
 PROMPTS = ("caption_v1", "extract_v1")
 MAX_FRAMES = 16  # of a clip: four long clips are the paper's 64 frames of a decision
-CLIPS_AT_ONCE = 4  # conversations side by side: each needs a cache of the whole context
+CLIPS_AT_ONCE = 4  # conversations side by side at most; each needs a cache of the whole context
 CAPTION_TOKENS, EXTRACTION_TOKENS = 48, 160  # written at most
 SUBTITLE_SHARE = 1 / 8  # of the context, that subtitles of a clip may take
 # How it is recorded that the model wrote no whole line, and nothing that could be read, and that
@@ -218,6 +218,7 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
     talk: Talk | None = _open(speaker, context)
     start = conversation.mark(talk)
     untold = talk.tokens_read  # by no percept
+    at_once = _clips_at_once(talk, jax.local_devices()[0].memory_stats())
 
     def together(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
         nonlocal talk, start, untold
@@ -229,7 +230,7 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
         # Taken over, so lost if a clip turns out not to fit.
         begun, talk = conversation.rewind(talk, start), None
         if len(clips) > len(begun.read):
-            begun = conversation.widen(begun, CLIPS_AT_ONCE)
+            begun = conversation.widen(begun, at_once)
             start = conversation.mark(begun)
         notes, talk = take_notes(speaker, begun, clips, seen)
         percepts = []
@@ -245,12 +246,21 @@ def make_perceive_fn(speaker: Speaker, embedder: Embedder, context: int) -> Perc
 
     def perceive(clips: Sequence[Clip], before: np.ndarray | None) -> list[Percept]:
         percepts: list[Percept] = []
-        for first in range(0, len(clips), CLIPS_AT_ONCE):
-            percepts += together(clips[first : first + CLIPS_AT_ONCE], before)
+        for first in range(0, len(clips), at_once):
+            percepts += together(clips[first : first + at_once], before)
             before = percepts[-1].item.coarse
         return percepts
 
     return perceive
+
+
+def _clips_at_once(talk: Talk, memory: dict[str, int] | None) -> int:
+    """Conversations such as this one that half of a device's free memory has room for."""
+    if memory is None:  # of a CPU nothing is said
+        return CLIPS_AT_ONCE
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    needed = talk.cache.keys.nbytes + talk.cache.values.nbytes
+    return min(max(free // 2 // needed, 1), CLIPS_AT_ONCE)
 
 
 def look(speaker: Speaker, frames: Sequence[Frame]) -> Seen:

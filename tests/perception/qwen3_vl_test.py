@@ -253,6 +253,14 @@ class TestPerceive:
             np.testing.assert_array_equal(found.item.text, alone.item.text)
             np.testing.assert_array_equal(found.item.change, alone.item.change)
 
+    @pytest.mark.parametrize(("caches", "count"), [(0, 1), (3.9, 1), (4, 2), (7.9, 3), (99, 4)])
+    def test_as_many_at_once_as_half_the_memory_holds(self, speaker, caches, count):
+        talk = conversation.begin(speaker, 64)
+        size = 2 * talk.cache.keys.nbytes
+        memory = {"bytes_limit": 1000 + int(caches * size), "bytes_in_use": 1000}
+        assert qwen3_vl._clips_at_once(talk, memory) == count
+        assert qwen3_vl._clips_at_once(talk, None) == qwen3_vl.CLIPS_AT_ONCE
+
     def test_a_clip_that_does_not_fit_is_said(self, speaker, embedder):
         room = bucket_length(_count(speaker, qwen3_vl._opening())) + 8
         perceive = qwen3_vl.make_perceive_fn(speaker, embedder, room)
