@@ -10,7 +10,8 @@ after it; lora_step, loss, gradient (activations computed again) and AdamW. Also
   three answers. With reuse only the clip is read, after what is kept; its frames were encoded for
   its caption. Without, all 80 frames are encoded and the whole prompt is read.
   `decision_speedup` is the time without over that with reuse; `decision_prefix_speedup` leaves the
-  encoding out, so it is what keeping the read prefix saves alone.
+  encoding out, so it is what keeping the read prefix saves alone, and `decision_prefix_limit` what
+  that would save if time went as operations do.
 - a minute of video in six clips: for each, frames are encoded; a caption and entities written, four
   clips side by side; the decision taken after an episode of 64 frames and its trace written; and
   the clip read once more, as it is where it begins an episode. Every answer has all the tokens that
@@ -72,7 +73,7 @@ INSTRUCTION_TOKENS, QUESTION_TOKENS = 256, 16  # about those of mmmem_jax/prompt
 ANSWER_IDS = (5, 6, 7)
 KEYS = (
     "prefill_share", "decode_share", "vs_transformers", "decision_speedup",
-    "decision_prefix_speedup", "build_s_per_video_minute", "peak_gb",
+    "decision_prefix_speedup", "decision_prefix_limit", "build_s_per_video_minute", "peak_gb",
 )  # fmt: skip
 
 
@@ -134,6 +135,16 @@ def decode_bytes(text: TextConfig, context: float, itemsize: int) -> float:
     """Bytes that writing one token needs: all matrices once, keys and values of its context."""
     kept = 2 * text.num_layers * text.num_kv_heads * text.head_dim * context
     return itemsize * (layer_numbers(text) + text.vocab_size * text.hidden_size + kept)
+
+
+def prefix_limit(size: Size) -> float:
+    """Operations of reading a decision's whole prompt over those of its last clip alone."""
+    text, pairs = size.config.text, MAX_FRAMES // 2
+    clip = pairs * size.frame_tokens + CAPTION_TOKENS
+    kept = INSTRUCTION_TOKENS + MAX_EPISODE_FRAMES // MAX_FRAMES * clip
+    whole = prefill_flops(text, kept + clip + QUESTION_TOKENS)
+    logits = 2 * text.vocab_size * text.hidden_size
+    return whole / (whole - prefill_flops(text, kept) + logits)
 
 
 def make_dtype():
@@ -510,6 +521,7 @@ def make_row(name: str, ours: dict, theirs: dict, peak: float | None, limit: dic
         },
         "decision_speedup": over(ours["decision_anew"], ours["decision"]),
         "decision_prefix_speedup": over(ours["decision_prefix_anew"], ours["decision"]),
+        "decision_prefix_limit": prefix_limit(size),
         "build_s_per_video_minute": ours["minute"],
         "peak_gb": peak,
     }

@@ -58,6 +58,12 @@ def test_operations_are_those_of_the_compiled_program():
     assert needed + above < counted < 1.25 * (needed + above)
 
 
+def test_what_a_kept_prefix_can_save():
+    """A fifth of the episode's frames is new; what looks back at the others is saved in part."""
+    found = [qwen3_vl.prefix_limit(qwen3_vl.SIZES[name]) for name in ("small", "2b", "8b")]
+    np.testing.assert_allclose(found, [4.89, 4.26, 4.57], atol=0.01)
+
+
 def test_bytes_of_a_token_are_matrices_and_what_is_kept():
     text = SIZES["8b"].text
     weights = 2 * (qwen3_vl.layer_numbers(text) + text.vocab_size * text.hidden_size)
