@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from absl.testing import flagsaver
 from filelock import FileLock
 
 import mmmem_jax
@@ -20,7 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = str(Path(mmmem_jax.__file__).parent.parent)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache/jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.005")
 # Without its newer emitters of fused kernels XLA compiles for CPUs in a third of the time. Later
 # versions have no others, and end the process over a flag that they do not know.
 if metadata.version("jaxlib").startswith("0.10."):
@@ -75,12 +79,15 @@ def egolife_dir() -> Path:
     return folder
 
 
-# The whole of the main job in seconds: too small to learn anything.
+# The whole of the main job in seconds: too small to learn anything. Hundreds of batches are drawn
+# ahead, and to shuffle a few streams takes Grain longer than many: small batches of more streams.
 TINY = {
     "world.num_chunks": 32, "world.questions_per_family": 2,
-    "streams.perception": 2, "streams.train": 4, "streams.validation": 4, "streams.test": 4,
+    "streams.perception": 2, "streams.train": 32, "streams.validation": 4, "streams.test": 4,
     "perception.num_steps": 2, "perception.log_every": 1, "perception.save_every": 1,
-    "reader.num_steps": 2, "reader.log_every": 1, "reader.save_every": 1, "reader.batch_size": 4,
+    "perception.batch_size": 2,
+    "reader.num_steps": 2, "reader.log_every": 1, "reader.save_every": 1, "reader.batch_size": 2,
+    "reader.num_unlimited": 1,
     "manager.num_steps": 16, "manager.log_every": 1, "manager.save_every": 2,
     "manager.batch_size": 2, "sib.num_generations": 2,
 }  # fmt: skip
@@ -94,6 +101,35 @@ def run_module(*args: object, timeout: float = 300) -> subprocess.CompletedProce
     """Runs `python -m ARGS` from the clone, as a user does."""
     command = [sys.executable, "-m", *map(str, args)]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """(binary, *args) -> what `python -m BINARY ARGS` says and exits with, in this process.
+
+    For what takes a process seconds to import. Flags are as before afterwards.
+    """
+
+    def call(binary: ModuleType, *args: object) -> subprocess.CompletedProcess:
+        name = binary.__name__.rpartition(".")[2]
+        monkeypatch.setattr("sys.argv", [name, *map(str, args)])
+        monkeypatch.setattr(binary.flags, "log_plainly", lambda: None)
+        monkeypatch.setattr(
+            binary.flags.app, "run", lambda main_fn, flags_parser: main_fn(flags_parser(sys.argv))
+        )
+        monkeypatch.chdir(REPO)
+        capsys.readouterr()
+        unset = flagsaver.save_flag_values(binary.FLAGS)
+        with warnings.catch_warnings():
+            # So does ml_collections 1.1, the newest, load a config.
+            warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)
+            with pytest.raises(SystemExit) as ended:
+                binary.flags.run(binary.main, binary.FLAGS, name=name, usage=binary.__doc__)
+        flagsaver.restore_flag_values(unset, binary.FLAGS)
+        binary.FLAGS.unparse_flags()
+        return subprocess.CompletedProcess(args, ended.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

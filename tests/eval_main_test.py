@@ -94,13 +94,18 @@ def test_the_report_needs_nothing_else(evaluated):
         assert outside not in text
 
 
+def assert_one_line(done, says):
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("eval_main: ")
+    assert says in line
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ([], "--workdir is missing"),
         (["--workdir={tmp}"], "has no config.json"),
-        (["--workdir={run}", "--step=3"], "no step 3 (steps there: ["),
-        (["--workdir={run}", "--step=bset"], "--step is 'bset'; it must be a number or best"),
         (["--workdir={run}", "--folow"], "did you mean --follow?"),
         (["--workdir={run}", "--follow", "--step=16"], "leave out --step or --follow"),
         (["--workdir={run}", "--num_streams=0"], "is not a positive integer"),
@@ -108,11 +113,18 @@ def test_the_report_needs_nothing_else(evaluated):
 )
 def test_a_mistake_is_one_line(tiny_run, tmp_path, options, says):
     options = [option.format(run=tiny_run, tmp=tmp_path) for option in options]
-    done = run_module("mmmem_jax.eval_main", *options)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("eval_main: ")
-    assert says in line
+    assert_one_line(run_module("mmmem_jax.eval_main", *options), says)
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("3", "no step 3 (steps there: ["),
+        ("bset", "--step is 'bset'; it must be a number or best"),
+    ],
+)
+def test_a_step_that_is_not_there_is_one_line(tiny_run, call_main, step, says):
+    assert_one_line(call_main(eval_main, f"--workdir={tiny_run}", f"--step={step}"), says)
 
 
 def test_the_best_step_had_the_highest_task_reward(tiny_run, tmp_path, monkeypatch):
@@ -126,19 +138,17 @@ def test_the_best_step_had_the_highest_task_reward(tiny_run, tmp_path, monkeypat
         eval_main.wanted_step(tmp_path)
 
 
-def test_a_flag_of_the_world_is_refused_by_a_text_run(tmp_path):
+def test_a_flag_of_the_world_is_refused_by_a_text_run(tmp_path, call_main):
     (tmp_path / "config.json").write_text('{"job": "text"}')
-    done = run_module("mmmem_jax.eval_main", f"--workdir={tmp_path}", "--num_streams=3")
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("eval_main: --num_streams does not apply to a text run")
+    done = call_main(eval_main, f"--workdir={tmp_path}", "--num_streams=3")
+    assert_one_line(done, "eval_main: --num_streams does not apply to a text run")
 
 
-def test_follow_gives_up_on_a_run_that_stands_still(tiny_run, tmp_path):
+def test_follow_gives_up_on_a_run_that_stands_still(tiny_run, tmp_path, call_main):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "manager" / "16")
     assert checkpoints.steps(workdir / "checkpoints" / "manager")[-1] == 14
-    done = run_module("mmmem_jax.eval_main", f"--workdir={workdir}", "--follow", "--timeout=1")
+    done = call_main(eval_main, f"--workdir={workdir}", "--follow", "--timeout=1")
     assert done.returncode == 2
     assert "no new checkpoint" in done.stderr.strip().splitlines()[-1]

@@ -89,27 +89,35 @@ def test_killed_in_every_phase_and_resumed_is_never_killed(tiny_run, tmp_path):
     assert rows_of(tiny_run) == rows_of(workdir)
 
 
-def test_a_workdir_of_another_config_is_refused(tiny_run):
+def test_a_workdir_of_another_config_is_refused(tiny_run, call_main):
     before = (tiny_run / "metrics.jsonl").read_bytes()
     options = [*TINY_CONFIG, "--config.sib.credit=state", f"--workdir={tiny_run}"]
-    done = run_module("mmmem_jax.main", *options)
+    done = call_main(main, *options)
     assert done.returncode == 2
     assert "sib.credit: step there, state here" in done.stderr
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
+def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path, call_main):
     workdir = tmp_path / "run"
     options = [*TINY_CONFIG, "--config.manager.learning_rate=nan", f"--workdir={workdir}"]
     before("manager", tiny_run, workdir)
     (workdir / "config.json").unlink()
-    done = run_module("mmmem_jax.main", *options)
+    done = call_main(main, *options)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("main: manager step ")
     assert "not finite" in last
     assert "config.manager.learning_rate" in last
     assert all(row["phase"] != "manager" or np.isfinite(row["loss"]) for row in rows_of(workdir))
+
+
+def assert_one_line(done, says):
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("main: ")
+    assert says in line
+    assert not (REPO / "runs" / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -123,20 +131,24 @@ def test_what_is_not_finite_stops_and_is_named(tiny_run, tmp_path):
         (["--workdir=runs/x", "--config.job=wrld"], "it must be one of world, text"),
         (["--workdir=runs/x", "runs/y"], "unexpected argument"),
         (["--workdir=runs/x", "--topology=v5p:8x8x4"], "add --compile_only"),
-        (["--compile_only", "--topology=v5q:8x8"], "unknown topology 'v5q:8x8'; some that are"),
         (["--workdir=runs/x", "--profile_steps=7:3"], "--profile_steps is '7:3'; it must be FIRST"),
-        (["--compile_only", "--config.mesh.group=99"], "asks for 1 x 99 x 1 devices"),
-        (["--workdir=runs/x", "--config=configs/timed_text.py"], "config.data_dir is empty"),
         (["--workdir=runs/x", "--config.sib.credit=sate"], "config.sib.credit is 'sate'"),
     ],
 )
 def test_a_mistake_is_one_line(options, says):
-    done = run_module("mmmem_jax.main", *options)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("main: ")
-    assert says in line
-    assert not (REPO / "runs" / "x").exists()
+    assert_one_line(run_module("mmmem_jax.main", *options), says)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--compile_only", "--topology=v5q:8x8"], "unknown topology 'v5q:8x8'; some that are"),
+        (["--compile_only", "--config.mesh.group=99"], "asks for 1 x 99 x 1 devices"),
+        (["--workdir=runs/x", "--config=configs/timed_text.py"], "config.data_dir is empty"),
+    ],
+)
+def test_a_mistake_of_a_job_is_one_line(call_main, options, says):
+    assert_one_line(call_main(main, *options), says)
 
 
 def test_a_config_is_planned_without_a_workdir():
