@@ -79,15 +79,12 @@ def egolife_dir() -> Path:
     return folder
 
 
-# The whole of the main job in seconds: too small to learn anything. Hundreds of batches are drawn
-# ahead, and to shuffle a few streams takes Grain longer than many: small batches of more streams.
+# The whole of the main job in seconds: too small to learn anything.
 TINY = {
     "world.num_chunks": 32, "world.questions_per_family": 2,
-    "streams.perception": 2, "streams.train": 32, "streams.validation": 4, "streams.test": 4,
+    "streams.perception": 2, "streams.train": 4, "streams.validation": 4, "streams.test": 4,
     "perception.num_steps": 2, "perception.log_every": 1, "perception.save_every": 1,
-    "perception.batch_size": 2,
-    "reader.num_steps": 2, "reader.log_every": 1, "reader.save_every": 1, "reader.batch_size": 2,
-    "reader.num_unlimited": 1,
+    "reader.num_steps": 2, "reader.log_every": 1, "reader.save_every": 1, "reader.batch_size": 4,
     "manager.num_steps": 16, "manager.log_every": 1, "manager.save_every": 2,
     "manager.batch_size": 2, "sib.num_generations": 2,
 }  # fmt: skip

@@ -6,6 +6,10 @@ import grain
 import jax
 import numpy as np
 
+# Batches that a loader makes before they are asked for. Grain's own 500 keep a short run waiting,
+# the more as it takes milliseconds to shuffle each element of a few.
+AHEAD = 16
+
 
 def valid_first(valid: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     """`size` indices of `valid` (all, if it has fewer) in random order, valid ones first."""
@@ -17,7 +21,7 @@ def batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
     *,
-    ahead: int = 500,
+    ahead: int = AHEAD,
 ) -> grain.DatasetIterator:
     """An iterator of batches [B, ...] of an endless dataset, or of some rows of each.
 

@@ -29,9 +29,8 @@ def config(tmp_path_factory):
     config.encoder_dir, config.classes_dir = str(ENCODER), str(folder)
     config.cache_dir = str(folder / "cache")
     config.dim = read_bert_config(ENCODER).hidden_size
-    # Hundreds of batches are drawn ahead, and few streams take long to shuffle.
-    config.streams.update({"train": 24, "validation": 2, "test": 2})
-    config.manager.update({"num_steps": 2, "save_every": 2, "batch_size": 2})
+    config.streams.update({"train": 4, "validation": 2, "test": 2})
+    config.manager.update({"num_steps": 2, "save_every": 2})
     return config
 
 

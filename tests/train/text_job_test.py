@@ -50,7 +50,6 @@ def small_config(tmp_path: Path) -> ConfigDict:
     config.data_dir, config.cache_dir = str(folder), str(tmp_path / "cache")
     config.encoder_dir = str(REPO / "tests/models/tiny_bert")
     config.dim = 16
-    config.manager.batch_size = 2  # hundreds of batches are drawn ahead
     return config
 
 

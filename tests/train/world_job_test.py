@@ -160,9 +160,7 @@ def test_lives_of_one_chunk_are_trained_on(config, tmp_path):
     """Nothing can be asked of them, and they fill no credit unit; none is read unlimited."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(TINY)
-    config.update_from_flattened_dict(
-        {"world.num_chunks": 1, "reader.num_unlimited": 0, "streams.perception": 64}
-    )
+    config.update_from_flattened_dict({"world.num_chunks": 1, "reader.num_unlimited": 0})
     config.manager.num_steps = 4
     world_job.run(config, tmp_path)
     rows = read_metrics(tmp_path / "metrics.jsonl")
