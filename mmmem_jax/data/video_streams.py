@@ -189,8 +189,8 @@ def _streams_of(
     needed = sorted({number for group in groups for number in range(group.first, group.end)})
     patches = {n: _frame_patches(video, clips[n], pixels, shape.image_size) for n in needed}
     encode = _encoder(tokenizer)
-    captions = [encode(clip.caption)[: shape.widths.caption] for clip in clips]
-    cut = sum(len(encode(clips[n].caption)) > shape.widths.caption for n in needed)
+    captions = {n: encode(clips[n].caption) for n in needed}
+    cut = sum(len(caption) > shape.widths.caption for caption in captions.values())
     if cut:
         LOG.warning(
             "%s: %d captions are cut to %d tokens (widths.caption)",
@@ -198,7 +198,7 @@ def _streams_of(
         )
     return [
         _stream(
-            captions[group.first : group.end],
+            [captions[n][: shape.widths.caption] for n in range(group.first, group.end)],
             np.stack([patches[n] for n in range(group.first, group.end)]).astype(dtype),
             teach(spans[group.first : group.end], group.questions),
             group.questions,
