@@ -1,7 +1,5 @@
 """Tests of mmmem_jax/train/world_job.py: splits, loading, and what has nothing in it."""
 
-import re
-
 import jax
 import ml_collections
 import numpy as np
@@ -73,9 +71,7 @@ def test_a_run_comes_back(tiny_run):
 def test_says_which_checkpoint_is_missing(tiny_run, tmp_path):
     config = ml_collections.ConfigDict(checkpoints.read_config(tiny_run))
     model = world_job.make_models(config).manager
-    steps = checkpoints.steps(tiny_run / "checkpoints" / "manager")
-    assert 3 not in steps
-    with pytest.raises(UserError, match=re.escape(f"no step 3 (steps there: {steps})")):
+    with pytest.raises(UserError, match=r"no step 3 \(steps there: \[14, 16\]\)"):
         world_job.load_manager(config, tiny_run, model, 3)
     with pytest.raises(UserError, match="no checkpoint .*run mmmem_jax.main"):
         world_job.load_manager(config, tmp_path, model, None)
